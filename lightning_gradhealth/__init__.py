@@ -1,0 +1,64 @@
+"""Training health for PyTorch Lightning: per-layer gradient norms, diagnoses with remedies, and initialisation.
+
+The public names are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "callback": ("GradHealth",),
+    "session": ("HealthSession",),
+    "gradients": ("Decision", "GradientMonitor"),
+    "rules": ("Rule", "Thresholds", "Verdict"),
+    "records": (
+        "Condition",
+        "Finding",
+        "HealthReport",
+        "InitEntry",
+        "InitReport",
+        "LayerStats",
+        "Severity",
+        "StepRecord",
+        "StepStats",
+    ),
+    "init": (
+        "Fans",
+        "InitContext",
+        "fans",
+        "gain",
+        "glorot_normal_",
+        "glorot_uniform_",
+        "he_normal_",
+        "he_uniform_",
+        "init_weights",
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "lecun_normal_",
+        "lecun_uniform_",
+        "register_initializer",
+        "variance_scaling_",
+        "xavier_normal_",
+        "xavier_uniform_",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *sorted(_HOME_OF)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module on first use (PEP 562)."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,221 @@
+"""GradHealth: translates Lightning's hooks into calls of the session. It holds no mathematics."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
+
+from lightning_gradhealth import _lightning
+from lightning_gradhealth.layers import LayersSpec
+from lightning_gradhealth.records import HealthReport, StepRecord
+from lightning_gradhealth.rules import Rule, Thresholds
+from lightning_gradhealth.session import DEFAULT_CADENCE, HealthSession, Ignore, check_arguments
+from lightning_gradhealth.sinks import LoggerSink, LogLayers
+
+log = logging.getLogger("lightning_gradhealth")
+
+P = ParamSpec("P")
+Hook = Callable[Concatenate["GradHealth", P], None]
+
+
+def _never_fatal(hook: Hook[P]) -> Hook[P]:
+    """Let a hook report its own failure once and step aside: the monitor must never end a training."""
+
+    @functools.wraps(hook)
+    def guarded(self: GradHealth, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self._aside:
+            return
+        try:
+            hook(self, *args, **kwargs)
+        except Exception as error:
+            self._step_aside(f"{type(error).__name__}: {error}", error)
+
+    return cast("Hook[P]", guarded)
+
+
+class GradHealth(Callback):
+    """Tracks gradient norms per layer, says what is wrong, where, since when and what to do.
+
+    Add it to the Trainer's callbacks. It never changes training: weights, losses and random state are bit for
+    bit those without it. It reads the device once at every logged step and at no other.
+
+    Args:
+        probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
+            two; None: the Trainer's `log_every_n_steps`.
+        layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
+            "parameter", a depth, or regexes on parameter names (the first group names the layer).
+        log_layers: How many layers' own scalars the loggers get: "auto" (the worst ten), True, False, a number.
+        rules: Rules of your own, in addition to the default ones.
+        ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
+        thresholds: The numbers that verdicts depend on, each with its reason.
+        loss_key: Name of the logged metric that is the training loss, for manual optimization; None: what
+            `training_step` returns.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> health = GradHealth(ignore={"stalled_layers": "head.*"})
+        >>> trainer = pl.Trainer(callbacks=[health], logger=False, enable_checkpointing=False)
+        >>> health.report().healthy  # after trainer.fit(model)
+        True
+    """
+
+    def __init__(
+        self,
+        probe_every_n_steps: int | None = None,
+        layers: LayersSpec = "module",
+        log_layers: LogLayers = "auto",
+        rules: Sequence[Rule] = (),
+        ignore: Ignore = None,
+        thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
+        loss_key: str | None = None,
+    ) -> None:
+        self.probe_every_n_steps = probe_every_n_steps
+        self.layers = layers
+        self.log_layers = log_layers
+        self.rules = list(rules)
+        self.ignore = check_arguments(probe_every_n_steps, layers, rules, ignore, thresholds)
+        self.thresholds = thresholds
+        self.loss_key = loss_key
+        if loss_key is not None and not isinstance(loss_key, str):
+            raise TypeError(f"loss_key must be the name of a logged metric or None, got {loss_key!r}")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._session: HealthSession | None = None
+        self._sink = LoggerSink(self.log_layers)
+        self._pending_state: dict[str, Any] = {}
+        self._aside = ""
+
+    # --- lifecycle ---
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget the fit before this one."""
+        if stage == "fit":
+            self._close()
+            self._reset()
+
+    @_never_fatal
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start watching the model, which has its final form now."""
+        if _lightning.hides_gradients(trainer):
+            self._step_aside("gradients are unavailable under DeepSpeed, which keeps them to itself")
+            return
+        self._close()
+        self._session = HealthSession(
+            pl_module,
+            probe_every_n_steps=self.probe_every_n_steps or _lightning.log_cadence(trainer),
+            layers=self.layers,
+            rules=self.rules,
+            ignore=self.ignore,
+            thresholds=self.thresholds,
+            announce=_lightning.announcer(trainer, log.warning),
+        )
+        for optimizer in trainer.optimizers:
+            self._session.monitor.index_of(optimizer)
+        if self._pending_state:
+            self._load()
+
+    @_never_fatal
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Look at the gradients: unscaled, accumulated, reduced, not yet clipped."""
+        if self._session is not None:
+            scaler, step = _lightning.grad_scaler(trainer), _lightning.logged_step(trainer)
+            self._session.apply(self._session.observe(optimizer, grad_scaler=scaler, step=step))
+
+    @_never_fatal
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the loss; at the logging cadence read the device, judge and log."""
+        if self._session is None:
+            return
+        loss = _lightning.loss_of(trainer, outputs, self.loss_key)
+        if loss is not None:
+            self._session.add_loss(loss)
+        step = _lightning.logged_step(trainer)
+        if self._session.observed(step) and _lightning.due(trainer, step, DEFAULT_CADENCE):
+            self._log(trainer, self._session.flush())
+
+    @_never_fatal
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judge and log what came after the last logged step."""
+        self._conclude(trainer)
+
+    @_never_fatal
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Judge a run that dies, or is interrupted, up to its last step."""
+        self._conclude(trainer)
+        self._close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Remove every hook; the report stays."""
+        if stage == "fit":
+            self._close()
+
+    def _conclude(self, trainer: pl.Trainer) -> None:
+        if self._session is not None and self._session.monitor.rows:
+            self._log(trainer, self._session.conclude())
+
+    def _log(self, trainer: pl.Trainer, record: StepRecord) -> None:
+        if self._session is not None and trainer.loggers:
+            findings = self._session.judgement.report(()).findings
+            self._sink.write(trainer.loggers, record, findings, self._session.active_findings)
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    def _step_aside(self, why: str, error: Exception | None = None) -> None:
+        self._aside = why
+        log.warning("gradhealth: steps aside for the rest of this run, training goes on (%s)", why, exc_info=error)
+        self._close()
+
+    # --- what is asked of it ---
+
+    def report(self) -> HealthReport:
+        """The verdict on the run so far, or on the last one.
+
+        Returns:
+            A report without findings, and with a note, where nothing was observed in this process.
+        """
+        note = f"GradHealth stepped aside: {self._aside}" if self._aside else ""
+        if self._session is None:
+            nothing = "nothing was observed in this process: no fit yet, or one in processes of its own (ddp_spawn)"
+            return HealthReport(notes=(note or nothing,))
+        return self._session.report(*([note] if note else []))
+
+    @property
+    def state_key(self) -> str:
+        """Distinguishes several instances in one Trainer."""
+        return self._generate_state_key(layers=self.layers, probe_every_n_steps=self.probe_every_n_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives and tensors only, so that checkpoints load with `weights_only=True`."""
+        return self._pending_state if self._session is None else self._session.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; a state that does not fit is reported and left."""
+        self._pending_state = state_dict
+        if self._session is not None:
+            self._load()
+
+    @_never_fatal
+    def _load(self) -> None:
+        if self._session is not None:
+            self._session.load_state_dict(self._pending_state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind what belongs to this process, and the log methods that the Trainer puts on callbacks."""
+        mine = {k: v for k, v in vars(self).items() if k not in ("log", "log_dict")}
+        return {**mine, "_session": None, "_sink": LoggerSink(self.log_layers)}

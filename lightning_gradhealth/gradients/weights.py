@@ -1,0 +1,146 @@
+"""Weight norms and updates of probed steps: `|w|` in full, `|dw| / |w|` from a fixed sample.
+
+A sample of at most 1,024 elements a parameter is taken before the optimizer steps and again after it, so that
+no copy of the model is kept. The sample is stratified and the same at every probe. Of an embedding only the
+rows with the largest gradients are sampled, since untouched rows do not move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gradhealth.gradients.norms import dense, norms
+from lightning_gradhealth.layers import Slot
+
+SAMPLE = 1_024
+
+
+def sample_indices(numel: int, size: int = SAMPLE) -> Tensor:
+    """Return `size` flat indices into a tensor of `numel` elements: one at random in each of `size` strata.
+
+    The draw depends on nothing but the arguments and leaves the global random state alone.
+
+    Example:
+        >>> sample_indices(8, 4).tolist()
+        [1, 3, 4, 6]
+    """
+    generator = torch.Generator().manual_seed(numel)
+    offsets = torch.rand(size, generator=generator, dtype=torch.float64)
+    strata = (torch.arange(size, dtype=torch.float64) + offsets) * (numel / size)
+    return strata.long().clamp_(max=numel - 1)
+
+
+def _top_rows(gradient: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Indices of the `rows` rows with the largest gradient, and 1.0 for each that has any, else 0.0."""
+    if gradient.layout is torch.sparse_coo:
+        gradient = gradient.coalesce()
+        peaks = _row_norms(gradient.values())
+        top = torch.topk(peaks, min(rows, peaks.numel()))
+        return gradient.indices()[0][top.indices], (top.values > 0).double()
+    top = torch.topk(_row_norms(gradient), min(rows, gradient.shape[0]))
+    return top.indices, (top.values > 0).double()
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrix.detach(), dim=1, dtype=torch.float32)
+    return norm
+
+
+class Sampler:
+    """Takes the same elements of one parameter before and after a step.
+
+    Args:
+        slot: The parameter; its gradient is looked at now, if it is an embedding.
+        indices: Cache of `sample_indices` by parameter size and device.
+    """
+
+    def __init__(self, slot: Slot, indices: dict[tuple[int, torch.device], Tensor]) -> None:
+        self._parameter = parameter = slot.parameter
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._indices: Tensor | None = None
+        if slot.is_embedding and parameter.grad is not None:
+            self._rows = _top_rows(parameter.grad, max(1, SAMPLE // parameter.shape[1]))
+        elif parameter.numel() > SAMPLE:
+            key = (parameter.numel(), parameter.device)
+            if key not in indices:
+                indices[key] = sample_indices(parameter.numel()).to(parameter.device)
+            self._indices = indices[key]
+
+    def take(self) -> Tensor:
+        """The sampled elements in float64 (float32 on MPS), flat and real."""
+        parameter = self._parameter.detach()
+        if self._rows is not None:
+            rows, touched = self._rows
+            picked = parameter[rows] * touched.to(parameter.dtype)[:, None]
+        else:
+            picked = parameter if self._indices is None else torch.take(parameter, self._indices)
+        dtype = torch.float32 if picked.device.type == "mps" else torch.float64
+        picked = dense(picked).reshape(-1)
+        return picked.to(dtype, copy=True)
+
+
+@dataclass
+class WeightProbe:
+    """What one probed step of one optimizer measured, still on the device.
+
+    Attributes:
+        slots: The slots that were measured.
+        scale: For each, elements of the parameter over elements of its sample (1 for embeddings).
+        weights: Norms of the whole parameters before the step, shape (len(slots),).
+        sampled: Norms of their samples before the step, same shape.
+        updates: Norms of what the step added to the samples; None until it is done.
+    """
+
+    slots: tuple[int, ...]
+    scale: tuple[float, ...]
+    weights: Tensor
+    sampled: Tensor
+    updates: Tensor | None = None
+
+    def vectors(self) -> list[Tensor]:
+        """The device vectors to read."""
+        return [self.weights, self.sampled, *([] if self.updates is None else [self.updates])]
+
+
+class WeightWatch:
+    """Watches the weights of one optimizer over one step: made before the step, closed after it.
+
+    Args:
+        slots: Slot numbers of the parameters that are about to be stepped.
+        parameters: The slots themselves, in the same order.
+        indices: Cache of `sample_indices` by parameter size and device.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2, 1))
+        >>> watch = WeightWatch([0], [Slot("weight", weight, 0, "", is_bias=False, is_embedding=False)], {})
+        >>> _ = weight.data.mul_(1.5)
+        >>> watch.close()
+        >>> round((watch.probe.updates / watch.probe.sampled).item(), 6)
+        0.5
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        slots: Sequence[int],
+        parameters: Sequence[Slot],
+        indices: dict[tuple[int, torch.device], Tensor],
+    ) -> None:
+        self._samplers = [Sampler(slot, indices) for slot in parameters]
+        self._before = [sampler.take() for sampler in self._samplers]
+        self.probe = WeightProbe(
+            slots=tuple(slots),
+            scale=tuple(1.0 if slot.is_embedding else max(1.0, slot.parameter.numel() / SAMPLE) for slot in parameters),
+            weights=norms([slot.parameter for slot in parameters], exact=False),
+            sampled=norms(self._before),
+        )
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Measure what the step changed."""
+        after = (sampler.take() for sampler in self._samplers)
+        self.probe.updates = norms([new - old for new, old in zip(after, self._before, strict=True)])

@@ -1,0 +1,40 @@
+"""Initialisation that keeps the variance of signals and gradients through any depth."""
+
+from lightning_gradhealth.init.context import InitContext
+from lightning_gradhealth.init.fans import Fans, fans
+from lightning_gradhealth.init.gains import gain
+from lightning_gradhealth.init.handlers import register_initializer
+from lightning_gradhealth.init.plan import init_weights
+from lightning_gradhealth.init.schemes import (
+    glorot_normal_,
+    glorot_uniform_,
+    he_normal_,
+    he_uniform_,
+    kaiming_normal_,
+    kaiming_uniform_,
+    lecun_normal_,
+    lecun_uniform_,
+    variance_scaling_,
+    xavier_normal_,
+    xavier_uniform_,
+)
+
+__all__ = [
+    "Fans",
+    "InitContext",
+    "fans",
+    "gain",
+    "glorot_normal_",
+    "glorot_uniform_",
+    "he_normal_",
+    "he_uniform_",
+    "init_weights",
+    "kaiming_normal_",
+    "kaiming_uniform_",
+    "lecun_normal_",
+    "lecun_uniform_",
+    "register_initializer",
+    "variance_scaling_",
+    "xavier_normal_",
+    "xavier_uniform_",
+]

@@ -1,0 +1,297 @@
+"""What an initializer is given, and what becomes of what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradhealth.init.schemes import (
+    Scheme,
+    choose_fan,
+    drawing_dtype,
+    orthogonal_,
+    scaled_std,
+    variance_scaling_,
+)
+from lightning_gradhealth.records import InitEntry
+
+Draw = Callable[[Tensor, torch.Generator], object]
+
+
+class Owned(NamedTuple):
+    """A parameter, the module that owns it, and all its names: the first is its own, the others are ties."""
+
+    parameter: nn.Parameter
+    module: nn.Module
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be done to a parameter or to some rows of it; without `draw` it is left alone."""
+
+    entry: InitEntry
+    target: Tensor
+    draw: Draw | None
+
+    def run(self, generator: torch.Generator) -> None:
+        """Fill the rows: drawn whole, in row-major order and on the CPU, then copied to where they live."""
+        if self.draw is not None:
+            numbers = torch.empty(self.target.shape, dtype=drawing_dtype(self.target), device="cpu")
+            self.draw(numbers, generator)
+            self.target.copy_(numbers)
+
+
+class InitContext:
+    """What an initializer is given: the settings of the call, and the ways to say what is to be done.
+
+    Nothing is written before every module has had its say, so that an error leaves the model as it was. What
+    is frozen, skipped or already decided by an enclosing module's initializer is passed over in silence; so
+    is None, as the bias of a layer without one. Methods that take `block` and `rows` may set a parameter by
+    parts, each of its rows once.
+
+    Attributes:
+        scheme: "he", "xavier" or "lecun".
+        distribution: "normal", "uniform" or "truncated_normal".
+        mode: The fan to divide by.
+        gain: The gain of the activation that the call expects behind its layers.
+        gamma: The factor on every gain.
+        tasks: What is to be done: for each parameter's name, its blocks ("": the whole).
+
+    Example:
+        >>> from lightning_gradhealth.init import init_weights, register_initializer
+        >>> class Shift(nn.Module):
+        ...     def __init__(self, size):
+        ...         super().__init__()
+        ...         self.shift = nn.Parameter(torch.ones(size))
+        >>> @register_initializer(Shift)
+        ... def shift(module, context):
+        ...     context.constant_(module.shift, 0.5, note="starts half way")
+        >>> init_weights(Shift(3), scheme="he").entries[0].note
+        'starts half way'
+    """
+
+    def __init__(
+        self,
+        *,
+        scheme: Scheme,
+        distribution: str,
+        mode: str,
+        gain: float,
+        gamma: float,
+        owned: dict[int, Owned],
+    ) -> None:
+        self.scheme, self.distribution, self.mode = scheme.name, distribution, mode
+        self.gain, self.gamma = gain, gamma
+        self.tasks: dict[str, dict[str, Task]] = {}
+        self._owned = owned
+        self._decided_by: dict[str, object] = {}
+        self._visitor: object = None
+        self._rule = ""
+
+    def enter(self, module: nn.Module | None, rule: str) -> None:
+        """From now on `module`'s initializer speaks, and the report calls it `rule`."""
+        self._visitor, self._rule = module, rule
+
+    def leave(self, owned: Owned, rule: str, note: str = "") -> None:
+        """Leave a parameter alone for a reason that no initializer overrules."""
+        self.enter(None, rule)
+        self.keep(owned.parameter, note)
+
+    def weight_(
+        self,
+        parameter: nn.Parameter | None,
+        *,
+        fan_in: float | None = None,
+        fan_out: float | None = None,
+        gain: float | None = None,
+        block: str = "",
+        rows: slice | None = None,
+        keep_row: int | None = None,
+        note: str = "",
+    ) -> None:
+        """Draw a weight by the scheme: `std = gamma * gain / sqrt(fan)`.
+
+        Args:
+            parameter: One of the model's parameters.
+            fan_in: Terms an output sums; None: told by the shape (see `shape_fans`).
+            fan_out: Terms an input's gradient sums; None: told by the shape.
+            gain: The gain; None: the call's. Give 1.0 where no activation follows.
+            block: Name of the block, where `rows` is only a part.
+            rows: The rows to draw.
+            keep_row: A row that keeps its values, such as an embedding's padding.
+            note: Why, where it is not obvious.
+
+        Raises:
+            ValueError: The fans cannot be told, a number is not positive, or `parameter` is not the model's.
+        """
+        if parameter is None:
+            return
+        gain = self.gain if gain is None else gain
+        fan = choose_fan(_part(parameter, rows).shape, self.mode, fan_in, fan_out)
+        std = scaled_std(gain, self.gamma, fan)
+
+        def draw(numbers: Tensor, generator: torch.Generator) -> None:
+            if numbers.numel():
+                variance_scaling_(
+                    numbers,
+                    gain=gain,
+                    gamma=self.gamma,
+                    distribution=self.distribution,
+                    fan_in=fan,
+                    generator=generator,
+                )
+            if keep_row is not None:
+                numbers[keep_row] = parameter[keep_row].to(numbers)
+
+        self.fill_(
+            parameter,
+            draw,
+            scheme=self.scheme,
+            distribution=self.distribution,
+            fan=fan,
+            gain=gain,
+            target_std=std,
+            block=block,
+            rows=rows,
+            note=note,
+        )
+
+    def orthogonal_(
+        self, parameter: nn.Parameter | None, *, block: str = "", rows: slice | None = None, note: str = ""
+    ) -> None:
+        """Draw a matrix whose singular values are all 1; neither gain nor gamma scales it.
+
+        Args:
+            parameter: One of the model's parameters, a matrix.
+            block: Name of the block, where `rows` is only a part.
+            rows: The rows that form the matrix.
+            note: Why, where it is not obvious.
+
+        Raises:
+            ValueError: `parameter` is none of the model's.
+        """
+        if parameter is None:
+            return
+        self.fill_(
+            parameter,
+            lambda numbers, generator: orthogonal_(numbers, generator=generator),
+            scheme="orthogonal",
+            target_std=max(1, *_part(parameter, rows).shape) ** -0.5,
+            block=block,
+            rows=rows,
+            note=note,
+        )
+
+    def constant_(
+        self,
+        parameter: nn.Parameter | None,
+        value: float,
+        *,
+        block: str = "",
+        rows: slice | None = None,
+        note: str = "",
+    ) -> None:
+        """Set every element to one value.
+
+        Args:
+            parameter: One of the model's parameters.
+            value: The value.
+            block: Name of the block, where `rows` is only a part.
+            rows: The rows to set.
+            note: Why, where it is not obvious.
+
+        Raises:
+            ValueError: `parameter` is none of the model's.
+        """
+        self.fill_(
+            parameter,
+            lambda numbers, _: numbers.fill_(value),
+            scheme="constant",
+            target_std=0.0,
+            block=block,
+            rows=rows,
+            note=note or f"= {value:g}",
+        )
+
+    def keep(self, parameter: nn.Parameter | None, note: str = "") -> None:
+        """Leave a parameter as it is, and count it as covered.
+
+        Args:
+            parameter: One of the model's parameters.
+            note: Why.
+
+        Raises:
+            ValueError: `parameter` is none of the model's.
+        """
+        self.fill_(parameter, None, scheme="kept", note=note)
+
+    def fill_(
+        self,
+        parameter: nn.Parameter | None,
+        draw: Draw | None,
+        *,
+        scheme: str = "custom",
+        distribution: str = "",
+        fan: float | None = None,
+        gain: float | None = None,
+        target_std: float | None = None,
+        block: str = "",
+        rows: slice | None = None,
+        note: str = "",
+    ) -> None:
+        """Fill a parameter by a function of your own; all other ways end here.
+
+        Args:
+            parameter: One of the model's parameters.
+            draw: Called as `draw(numbers, generator)`: it fills `numbers` in place, a CPU tensor of the
+                rows' shape in float32 (float64 for a float64 parameter), with random numbers from
+                `generator` only, so that a seed gives the same weights again. None: left alone.
+            scheme: What the report calls it.
+            distribution: The same.
+            fan: For the report: the fan behind the std.
+            gain: For the report: the gain behind the std.
+            target_std: For the report: what the std should be.
+            block: Name of the block, where `rows` is only a part.
+            rows: The rows to fill.
+            note: Why, where it is not obvious.
+
+        Raises:
+            ValueError: `parameter` is none of the model's.
+        """
+        if parameter is None:
+            return
+        if (owned := self._owned.get(id(parameter))) is None:
+            raise ValueError(
+                f"parameter must be one of the model's own, got a tensor with the shape"
+                f" {tuple(parameter.shape)} from the initializer {self._rule}; tensors that are computed from"
+                f" parameters (parametrized, normalised) cannot be set"
+            )
+        name = owned.names[0]
+        if self._decided_by.setdefault(name, self._visitor) is not self._visitor:
+            return
+        target = _part(parameter, rows)
+        entry = InitEntry(
+            name=f"{name}[{block}]" if block else name,
+            module=type(owned.module).__name__,
+            shape=tuple(target.shape),
+            rule=self._rule,
+            scheme=scheme,
+            distribution=distribution,
+            fan=fan,
+            gain=gain,
+            target_std=target_std,
+            note=note,
+        )
+        blocks = self.tasks.setdefault(name, {})
+        if not block:
+            blocks.clear()
+        blocks[block] = Task(entry, target, draw)
+
+
+def _part(parameter: Tensor, rows: slice | None) -> Tensor:
+    return parameter.detach() if rows is None else parameter.detach()[rows]

@@ -1,0 +1,168 @@
+"""What is done to the parameters of each kind of module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import singledispatch
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_gradhealth.init.context import InitContext
+from lightning_gradhealth.init.fans import fans
+
+H = TypeVar("H", bound=Callable[..., None])
+
+_RULES: dict[type[nn.Module], str] = {}  # the names of the initializers that were registered
+
+
+@singledispatch
+def initialize(module: nn.Module, context: InitContext) -> None:
+    """Say what is to be done to a module's parameters; nothing, for a kind of module that is not known."""
+
+
+def visit(module: nn.Module, context: InitContext) -> None:
+    """Let the initializer of a module's class decide about the parameters that are still open."""
+    kind = next(cls for cls in type(module).__mro__ if cls in initialize.registry)
+    context.enter(module, _RULES.get(kind, kind.__name__))
+    initialize(module, context)
+
+
+def register_initializer(module_type: type[nn.Module]) -> Callable[[H], H]:
+    """Teach `init_weights` what to do with a class of modules and its subclasses.
+
+    The initializer may also speak for the parameters of the module's children: an enclosing module comes
+    first, and what it has decided is not decided again. A later one for the same class replaces the earlier.
+
+    Args:
+        module_type: The class.
+
+    Returns:
+        A decorator for `fn(module, context) -> None`, which it returns unchanged; `context` is an
+        `InitContext`.
+
+    Raises:
+        TypeError: `module_type` is no class of modules.
+
+    Example:
+        >>> import torch
+        >>> class Positions(nn.Module):
+        ...     def __init__(self, length, width):
+        ...         super().__init__()
+        ...         self.table = nn.Parameter(torch.zeros(length, width))
+        >>> @register_initializer(Positions)
+        ... def positions(module, context):
+        ...     context.weight_(module.table, fan_in=module.table.shape[1], gain=1.0)
+        >>> from lightning_gradhealth.init import init_weights
+        >>> init_weights(Positions(16, 4), scheme="lecun").entries[0].target_std
+        0.5
+    """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(
+            f"module_type must be a subclass of nn.Module, got {module_type!r}; write @register_initializer(MyModule)"
+        )
+
+    def register(function: H) -> H:
+        initialize.register(module_type, function)
+        _RULES[module_type] = getattr(function, "__name__", type(function).__name__)
+        return function
+
+    return register
+
+
+# --- the modules of torch ----------------------------------------------------------------------------------
+# Each handler asks for parameters that the module itself owns: the tensor that a parametrized layer, or one
+# under weight_norm, computes as its weight is none, and what it is computed from stays uncovered.
+
+
+def _weighted(module: nn.Module, context: InitContext, gain: float | None = None) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "weight":
+            fan_in, fan_out = fans(module)
+            context.weight_(parameter, fan_in=fan_in or None, fan_out=fan_out or None, gain=gain)
+        elif name == "bias":
+            context.constant_(parameter, 0.0)
+
+
+def _embedding(module: nn.Embedding | nn.EmbeddingBag, context: InitContext) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "weight":
+            note = "" if module.padding_idx is None else f"row {module.padding_idx}, the padding, is kept"
+            context.weight_(parameter, fan_in=1, fan_out=1, gain=1.0, keep_row=module.padding_idx, note=note)
+
+
+def _norm(module: nn.Module, context: InitContext) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name in ("weight", "bias"):
+            context.constant_(parameter, 1.0 if name == "weight" else 0.0)
+
+
+def _prelu(module: nn.PReLU, context: InitContext) -> None:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "weight":
+            context.keep(parameter, "the slopes were chosen when the module was made")
+
+
+_RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
+_GATES = {1: ("",), 3: ("reset", "update", "new"), 4: ("input", "forget", "cell", "output")}
+
+
+def _recurrent(module: nn.RNNBase | nn.RNNCellBase, context: InitContext) -> None:
+    size = module.hidden_size
+    for name, parameter in module.named_parameters(recurse=False):
+        match = _RECURRENT.fullmatch(name)
+        if match is None:
+            continue
+        kind, source = match.group(1, 2)
+        if source == "hr":
+            context.orthogonal_(parameter, note="the projection is part of the recurrence")
+            continue
+        for index, gate in enumerate(_GATES[len(parameter) // size]):
+            rows = slice(index * size, (index + 1) * size)
+            if kind == "bias":
+                forget = gate == "forget" and source == "ih"
+                note = "open at the start; this is the whole forget bias" if forget else ""
+                context.constant_(parameter, float(forget), block=gate, rows=rows, note=note)
+            elif source == "hh":
+                context.orthogonal_(parameter, block=gate, rows=rows)
+            else:
+                fan_in, fan_out = fans(module, name)
+                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=1.0, block=gate, rows=rows)
+
+
+def _attention(module: nn.MultiheadAttention, context: InitContext) -> None:
+    size = module.embed_dim
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "in_proj_bias":
+            context.constant_(parameter, 0.0)
+        elif name in (
+            "in_proj_weight",
+            "q_proj_weight",
+            "k_proj_weight",
+            "v_proj_weight",
+            "bias_k",
+            "bias_v",
+        ):
+            blocks = ("query", "key", "value") if name == "in_proj_weight" else ("",)
+            fan_in, fan_out = fans(module, name)
+            for index, block in enumerate(blocks):
+                rows = slice(index * size, (index + 1) * size) if block else None
+                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=1.0, block=block, rows=rows)
+    _weighted(module.out_proj, context, gain=1.0)
+
+
+def _install(handler: Callable[..., None], *kinds: type[nn.Module]) -> None:
+    for kind in kinds:
+        initialize.register(kind, handler)
+
+
+_install(_weighted, nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_install(_weighted, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_install(_embedding, nn.Embedding, nn.EmbeddingBag)
+_install(_recurrent, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+_install(_attention, nn.MultiheadAttention)
+_install(_norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_install(_norm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_install(_norm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_install(_prelu, nn.PReLU)

@@ -1,0 +1,156 @@
+"""Judgement: everything that is concluded from records. It holds no tensor and no model."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_gradhealth.history import History
+from lightning_gradhealth.records import Finding, HealthReport, LayerStats, StepRecord
+from lightning_gradhealth.rules import Rule
+
+log = logging.getLogger("lightning_gradhealth")
+
+
+class Judgement:
+    """Everything that is concluded from records: rules with their memories, findings, history.
+
+    A copy can judge a window that is not over yet, and leave the original as it is.
+
+    Args:
+        rules: The rules, causes before their symptoms.
+        ignore: Condition -> regex of the layers for which it is muted.
+
+    Example:
+        >>> judgement = Judgement([], {})
+        >>> judgement.add(StepRecord(step=0)), judgement.report(()).step
+        ([], 0)
+    """
+
+    def __init__(self, rules: Sequence[Rule], ignore: Mapping[str, str]) -> None:
+        self.rules = list(rules)
+        self.ignore = dict(ignore)
+        self.findings: dict[str, Finding] = {}
+        self.history = History()
+        self.layers: dict[str, LayerStats] = {}
+        self.step = -1
+        self.steps = 0
+        self.non_finite_steps = 0
+        self.loss_seen = False
+        self.depth_seen = False
+
+    def add(self, record: StepRecord) -> list[Finding]:
+        """Judge one record and return the findings that are new or graver than before."""
+        self.history.append(record)
+        self.step = record.step
+        self.steps += len(record.window)
+        self.non_finite_steps += record.non_finite_steps
+        self.loss_seen = self.loss_seen or any(step.loss is not None for step in record.window)
+        self.depth_seen = self.depth_seen or record.backward_gain is not None
+        self.layers = {
+            layer.name: layer if layer.optimizer is not None else self.layers.get(layer.name, layer)
+            for layer in record.layers
+        }
+        news = []
+        for rule in list(self.rules):
+            try:
+                finding = rule.judge(record)
+            except Exception:
+                log.exception("the rule %s failed and is left out from now on; training goes on", type(rule).__name__)
+                self.rules.remove(rule)
+                continue
+            if finding and (finding := self._unmuted(finding)) and self._take(finding):
+                news.append(self.findings[finding.condition])
+        return news
+
+    def _unmuted(self, finding: Finding) -> Finding | None:
+        pattern = self.ignore.get(str(finding.condition))
+        if pattern is None:
+            return finding
+        if not finding.layers:
+            return None if re.fullmatch(pattern, "") else finding
+        left = tuple(layer for layer in finding.layers if not re.fullmatch(pattern, layer))
+        return _with(finding, layers=left) if left else None
+
+    def _take(self, finding: Finding) -> bool:
+        """Merge a finding into what is known; True where it is new or graver."""
+        known = self.findings.get(finding.condition)
+        if known is None:
+            self.findings[finding.condition] = finding
+            return True
+        hit = {*known.layers, *finding.layers} if known.layers and finding.layers else set()
+        merged = {
+            "first_step": min(known.first_step, finding.first_step),
+            "last_step": finding.last_step,
+            "layers": tuple(name for name in self.layers if name in hit),
+        }
+        graver = finding.severity.rank > known.severity.rank
+        self.findings[finding.condition] = _with(finding if graver else known, **merged)
+        return graver
+
+    @property
+    def active(self) -> int:
+        """Number of conditions that hold now, in the eyes of their rules."""
+        return sum(any(rule.active and rule.condition == name for rule in self.rules) for name in self.findings)
+
+    def report(self, notes: Sequence[str]) -> HealthReport:
+        """The verdict so far: the gravest finding first, among equals the cause before its symptoms."""
+        rank = {str(rule.condition): position for position, rule in reversed(list(enumerate(self.rules)))}
+        findings = sorted(
+            self.findings.values(),
+            key=lambda f: (-f.severity.rank, rank.get(str(f.condition), len(rank)), f.first_step),
+        )
+        return HealthReport(
+            findings=tuple(findings),
+            layers=tuple(self.layers.values()),
+            step=self.step,
+            steps=self.steps,
+            non_finite_steps=self.non_finite_steps,
+            trend=self.history.trend(),
+            notes=tuple(notes),
+        )
+
+    def _rule_keys(self) -> list[tuple[str, Rule]]:
+        """A key for each rule that is the same in the next run: its class, its condition, its number."""
+        keys: list[tuple[str, Rule]] = []
+        for rule in self.rules:
+            base = f"{type(rule).__name__}:{rule.condition}"
+            keys.append((f"{base}:{sum(key.startswith(base) for key, _ in keys)}", rule))
+        return keys
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as primitives, and the history's values as a tensor."""
+        history = self.history.state_dict()
+        return {
+            "rules": {key: rule.state_dict() for key, rule in self._rule_keys()},
+            "findings": [finding.to_dict() for finding in self.findings.values()],
+            "history": {**history, "values": torch.from_numpy(history["values"])},
+            "layers": [layer.to_dict() for layer in self.layers.values()],
+            "step": self.step,
+            "steps": self.steps,
+            "non_finite_steps": self.non_finite_steps,
+            "loss_seen": self.loss_seen,
+            "depth_seen": self.depth_seen,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned; rules that it does not know start afresh."""
+        for key, rule in self._rule_keys():
+            if key in state["rules"]:
+                rule.load_state_dict(state["rules"][key])
+        self.findings = {f.condition: f for f in map(Finding.from_dict, state["findings"])}
+        self.history.load_state_dict({**state["history"], "values": state["history"]["values"].numpy()})
+        self.layers = {layer.name: layer for layer in map(LayerStats.from_dict, state["layers"])}
+        self.step = state["step"]
+        self.steps = state["steps"]
+        self.non_finite_steps = state["non_finite_steps"]
+        self.loss_seen = state["loss_seen"]
+        self.depth_seen = state["depth_seen"]
+
+
+def _with(finding: Finding, **changes: Any) -> Finding:
+    return Finding(**{**vars(finding), **changes})

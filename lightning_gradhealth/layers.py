@@ -1,0 +1,284 @@
+"""Layers: how the parameters of a model are grouped, named and ordered.
+
+A layer is, by default, a module that directly owns parameters. Vectors over parameters ("slots") stay in
+registration order on every rank; the order of first use in the forward pass is a permutation for display and
+for verdicts over depth.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+LayersSpec = str | int | Sequence[str]
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_orig_mod|_forward_module|_checkpoint_wrapped_module)\.")
+_PARAMETRIZED = re.compile(r"\.?parametrizations\..*$")
+
+
+def clean_name(name: str) -> str:
+    """Strip the prefixes that FSDP, torch.compile, strategies and activation checkpointing add.
+
+    Example:
+        >>> clean_name("_forward_module.net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel or DataParallel, else the model itself.
+
+    Example:
+        >>> net = nn.Linear(1, 1)
+        >>> unwrap(nn.DataParallel(net)) is net
+        True
+    """
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return model
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was applied to this very module (by any of its three ways).
+
+    Example:
+        >>> is_compiled(nn.Linear(1, 1))
+        False
+    """
+    return (
+        hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or getattr(module, "_compiler_ctx", None) is not None
+    )
+
+
+def check_layers(layers: LayersSpec) -> LayersSpec:
+    """Return `layers` if it is a valid grouping.
+
+    Args:
+        layers: "module", "parameter", a depth >= 1, a regex, or a sequence of regexes.
+
+    Raises:
+        ValueError: It is none of these.
+        TypeError: Its type is not one of these.
+
+    Example:
+        >>> check_layers(0)
+        Traceback (most recent call last):
+        ...
+        ValueError: layers as a depth must be >= 1, got 0; 1 groups by the model's children
+    """
+    if isinstance(layers, bool) or not isinstance(layers, (str, int, Sequence)):
+        raise TypeError(
+            f'layers must be "module", "parameter", a depth or regexes, got {layers!r}; leave it out for "module"'
+        )
+    if isinstance(layers, int):
+        if layers < 1:
+            raise ValueError(f"layers as a depth must be >= 1, got {layers}; 1 groups by the model's children")
+        return layers
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"layers: {pattern!r} is not a valid regular expression ({error}); "
+                'give "module", "parameter", a depth, or regexes that match parameter names'
+            ) from error
+    return layers
+
+
+def _group_of(parameter_name: str, owner: str, root: str, layers: LayersSpec) -> str:
+    """Name of the layer that a parameter belongs to."""
+    if layers == "module":
+        return owner or root
+    if layers == "parameter":
+        return parameter_name
+    if isinstance(layers, int):
+        return ".".join(owner.split(".")[:layers]) or root
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        if match := re.match(pattern, parameter_name):
+            return next((group for group in match.groups() if group), match.group(0)) or root
+    return owner or root
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter of the model and where it belongs.
+
+    Attributes:
+        name: Clean parameter name.
+        parameter: The parameter itself.
+        layer: Index of its layer, in registration order.
+        owner: Clean path of the module that owns it.
+        is_bias: Its gradient is a batch sum of dL/d(output), so that it can stand in for the backward signal.
+        is_embedding: Its rows are looked up, so that only touched rows move.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    layer: int
+    owner: str
+    is_bias: bool
+    is_embedding: bool
+
+
+class Layout:
+    """The parameters of a model as slots, and the layers that they form.
+
+    Args:
+        model: Any module; DDP's wrapper is looked through.
+        layers: How to group, see `check_layers`.
+
+    Example:
+        >>> layout = Layout(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+        >>> layout.names, [slot.name for slot in layout.slots]
+        (['0', '2'], ['0.weight', '0.bias', '2.weight', '2.bias'])
+    """
+
+    def __init__(self, model: nn.Module, layers: LayersSpec = "module") -> None:
+        self.model = unwrap(model)
+        self.layers = check_layers(layers)
+        self.names: list[str] = []
+        self.slots: list[Slot] = []
+        self.slot_of: dict[int, int] = {}
+        self._used: list[str] = []
+        self._signal: list[int] | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Append slots for parameters that the model has gained; slots once given keep their places."""
+        root = type(self.model).__name__
+        for path, module in self.model.named_modules():
+            owner = _PARAMETRIZED.sub("", clean_name(f"{path}.")).rstrip(".")
+            for key, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in self.slot_of:
+                    name = clean_name(f"{path}.{key}" if path else key)
+                    layer = _group_of(name, owner, root, self.layers)
+                    self._add(name, parameter, layer, owner, isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+
+    def adopt(self, parameter: nn.Parameter, name: str) -> int:
+        """Give a slot to a parameter that an optimizer holds but the model does not."""
+        self._add(name, parameter, name, "", embedding=False)
+        return self.slot_of[id(parameter)]
+
+    def _add(self, name: str, parameter: nn.Parameter, layer: str, owner: str, embedding: bool) -> None:
+        if layer not in self.names:
+            self.names.append(layer)
+        is_bias = parameter.ndim == 1 and name.rpartition(".")[2].startswith(("bias", "in_proj_bias"))
+        self.slot_of[id(parameter)] = len(self.slots)
+        self.slots.append(Slot(name, parameter, self.names.index(layer), owner, is_bias, embedding))
+        self._signal = None
+
+    # --- order of first use ---
+
+    def record_use(self, owners: Sequence[str]) -> None:
+        """Remember the modules of the first training batch, in the order in which they were used."""
+        self._used = list(owners)
+        self._signal = None
+
+    @property
+    def used(self) -> list[str]:
+        """The modules in order of first use, as recorded; empty where it was not."""
+        return self._used
+
+    def order(self) -> list[int]:
+        """Layer indices in order of first use; a layer that was never seen follows its predecessor."""
+        rank = {owner: position for position, owner in enumerate(self._used)}
+        first: dict[int, int] = {}
+        latest = -1
+        for slot in self.slots:
+            if slot.owner in rank:
+                latest = rank[slot.owner]
+            position = rank.get(slot.owner, latest)
+            first[slot.layer] = min(first.get(slot.layer, position), position)
+        return sorted(range(len(self.names)), key=lambda layer: (first.get(layer, latest), layer))
+
+    def signal_slots(self) -> list[int]:
+        """Slots of the biases whose gradients can stand in for the backward signal.
+
+        A bias whose layer is followed at once by batch or instance normalisation has a gradient of zero but for
+        rounding, since the normalisation subtracts it again: it says nothing about the signal.
+        """
+        if self._signal is None:
+            self._signal = self._find_signal_slots()
+        return self._signal
+
+    def _find_signal_slots(self) -> list[int]:
+        modules = {clean_name(f"{path}.").rstrip("."): m for path, m in self.model.named_modules()}
+        chain = self._used or [path for path, m in modules.items() if isinstance(m, _NormBase) or has_own_parameters(m)]
+        cancelled = {
+            before
+            for before, after in zip(chain, chain[1:], strict=False)
+            if isinstance(modules.get(after), _NormBase) and not isinstance(modules.get(before), _NormBase)
+        }
+        return [i for i, slot in enumerate(self.slots) if slot.is_bias and slot.owner not in cancelled]
+
+
+def has_own_parameters(module: nn.Module) -> bool:
+    """Whether a module owns parameters directly, parametrized ones included.
+
+    Example:
+        >>> has_own_parameters(nn.Sequential(nn.Linear(1, 1)))
+        False
+    """
+    return bool(module._parameters) or hasattr(module, "parametrizations")
+
+
+class UseRecorder:
+    """Records the order of first use of modules during the first training forward pass.
+
+    Args:
+        model: The model; nothing is recorded while it is in evaluation mode.
+
+    Attributes:
+        complete: False where compiled or scripted modules hide what happens inside.
+
+    Example:
+        >>> net = nn.ModuleDict({"b": nn.Linear(2, 2), "a": nn.Linear(2, 2)})
+        >>> recorder = UseRecorder(net)
+        >>> _ = net["a"](net["b"](torch.zeros(1, 2)))
+        >>> recorder.close(), recorder.used
+        (None, ['b', 'a'])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.used: list[str] = []
+        self.complete = True
+        self._model = unwrap(model)
+        self._handles: list[Any] = []
+        hidden: tuple[str, ...] = ()
+        for path, module in self._model.named_modules():
+            if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
+                self.complete = False
+                hidden += (path,)
+            if any(path == top or path.startswith(f"{top}.") or not top for top in hidden):
+                continue
+            if has_own_parameters(module) or isinstance(module, _NormBase):
+                self._handles.append(module.register_forward_pre_hook(self._hook(path)))
+
+    def _hook(self, path: str) -> Any:
+        name = clean_name(f"{path}.").rstrip(".")
+
+        def note(_module: nn.Module, _inputs: Any) -> None:
+            if self._model.training and name not in self.used:
+                self.used.append(name)
+
+        return note
+
+    def close(self) -> None:
+        """Remove the hooks; calling it twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def trainable(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether any of the parameters requires a gradient."""
+    return any(parameter.requires_grad for parameter in parameters)

@@ -1,0 +1,531 @@
+"""What is said: the vocabulary of findings, statistics and reports, and the pure functions between them.
+
+Plain data only. Nothing here imports torch, so a report can be read where torch is not installed.
+Every record turns into JSON and back; NaN and infinities travel as strings, since JSON has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+R = TypeVar("R", bound="Record")
+
+
+class Condition(str, Enum):
+    """What can be wrong with a training run.
+
+    Example:
+        >>> Condition("non_finite") is Condition.NON_FINITE
+        True
+    """
+
+    VANISHING_GRADIENTS = "vanishing_gradients"
+    EXPLODING_GRADIENTS = "exploding_gradients"
+    NON_FINITE = "non_finite"
+    GROWING_WEIGHTS = "growing_weights"
+    COLLAPSING_WEIGHTS = "collapsing_weights"
+    OVERSIZED_UPDATES = "oversized_updates"
+    STALLED_LAYERS = "stalled_layers"
+    LOSS_SPIKE = "loss_spike"
+    STALLED_LOSS = "stalled_loss"
+    NO_GRADIENT = "no_gradient"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Severity(str, Enum):
+    """How bad a finding is: `info` is worth knowing, `warning` costs accuracy, `critical` ends the run.
+
+    Example:
+        >>> Severity.CRITICAL.rank > Severity.INFO.rank
+        True
+    """
+
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def rank(self) -> int:
+        """0, 1 or 2, for comparisons."""
+        return list(Severity).index(self)
+
+
+# --- JSON --------------------------------------------------------------------------------------------------
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _encode(value: Any) -> Any:
+    """Turn records, enums, tuples and non-finite floats into what JSON knows."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, dict):
+        return {str(key): _encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, frozenset, set)):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """Rebuild a value of the annotated type `kind` from what `_encode` made of it."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _decode(next(arg for arg in args if arg is not type(None)), value)
+    if origin is tuple:
+        return tuple(_decode(args[0], item) for item in value)
+    if origin is dict:
+        return {key: _decode(args[1], item) for key, item in value.items()}
+    if kind in (float, Any) and isinstance(value, str) and value in _NON_FINITE:
+        return _NON_FINITE[value]
+    if isinstance(kind, type) and issubclass(kind, Record):
+        return kind.from_dict(value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    return float(value) if kind is float else value
+
+
+@functools.cache
+def _types_of(kind: Hashable) -> dict[str, Any]:
+    """The resolved annotations of a record class (resolving them anew for every record is slow)."""
+    return typing.get_type_hints(kind)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Base of all records: a frozen dataclass that makes the round trip through JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as dicts, lists, strings, numbers and None only (NaN and Inf as strings)."""
+        encoded: dict[str, Any] = _encode(self)
+        return encoded
+
+    @classmethod
+    def from_dict(cls: type[R], data: dict[str, Any]) -> R:
+        """Rebuild a record from `to_dict`'s result; unknown keys of a newer version are ignored."""
+        known = _types_of(cls)
+        return cls(**{key: _decode(known[key], value) for key, value in data.items() if key in known})
+
+    def to_json(self, indent: int | None = None) -> str:
+        """Return the record as a JSON text."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls: type[R], text: str) -> R:
+        """Rebuild a record from `to_json`'s result."""
+        return cls.from_dict(json.loads(text))
+
+
+# --- pure functions ----------------------------------------------------------------------------------------
+
+
+def root_mean_square(norm: float, numel: int) -> float:
+    """RMS of a tensor with L2 norm `norm` and `numel` elements; 0 for an empty one.
+
+    Example:
+        >>> root_mean_square(5.0, 4)
+        2.5
+    """
+    return norm / math.sqrt(numel) if numel else 0.0
+
+
+def norm_ratios(rms: Sequence[float | None]) -> list[float | None]:
+    """Each RMS over the geometric mean of those that are finite and positive (None stays None).
+
+    A zero gives 0, a non-finite value stays itself, and with no positive value at all the ratio is undefined.
+
+    Example:
+        >>> norm_ratios([1.0, 4.0, 0.0, None])
+        [0.5, 2.0, 0.0, None]
+    """
+    logs = [math.log(value) for value in rms if value is not None and 0.0 < value < math.inf]
+    if not logs:
+        return [None if value is None or value == 0.0 else value for value in rms]
+    scale = math.exp(math.fsum(logs) / len(logs))
+    return [None if value is None else value / scale for value in rms]
+
+
+def fitted_gain(rms: Sequence[float]) -> float | None:
+    """Gain per layer of a signal that travels from the last entry of `rms` to the first.
+
+    The slope of log RMS over depth by least squares, as the factor by which one layer multiplies the signal on
+    its way back: 0.5 halves it at every layer. Entries that are not finite and positive are left out; fewer
+    than two others give None.
+
+    Example:
+        >>> fitted_gain([0.25, 0.5, 1.0])
+        0.5
+    """
+    points = [(depth, math.log(value)) for depth, value in enumerate(rms) if 0.0 < value < math.inf]
+    if len(points) < 2:
+        return None
+    mean_x = math.fsum(x for x, _ in points) / len(points)
+    mean_y = math.fsum(y for _, y in points) / len(points)
+    slope = math.fsum((x - mean_x) * (y - mean_y) for x, y in points) / math.fsum((x - mean_x) ** 2 for x, _ in points)
+    return math.exp(-slope) if abs(slope) < 700 else (0.0 if slope > 0 else math.inf)
+
+
+def median(values: Iterable[float]) -> float:
+    """Median of the values that are not NaN; NaN where there is none.
+
+    Example:
+        >>> median([3.0, 1.0, float("nan"), 2.0])
+        2.0
+    """
+    ordered = sorted(value for value in values if not math.isnan(value))
+    if not ordered:
+        return math.nan
+    middle = len(ordered) // 2
+    if len(ordered) % 2 or ordered[middle - 1] == ordered[middle]:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+# --- statistics --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class LayerStats(Record):
+    """What was measured of one layer; None means not measured or undefined.
+
+    Attributes:
+        name: The layer's name, without the prefixes that wrappers add.
+        numel: Number of elements of its parameters that had a gradient (of all, where none had).
+        grad_norm: L2 norm of its gradient at the last optimizer step of the window, before any clipping.
+        grad_norm_max: The largest finite one since the previous record.
+        norm_ratio: RMS gradient over the geometric mean of the layers with a finite, positive one.
+        non_finite: Steps since the previous record at which its gradient had a NaN or Inf.
+        bias_grad_rms: RMS gradient of its biases: stands in for the backward signal at its output.
+        weight_norm: L2 norm of its parameters (probed steps).
+        grad_to_weight: `|g| / |w|` (probed steps).
+        update_to_weight: `|dw| / |w|` of one optimizer step (probed steps, from a fixed sample).
+        learning_rate: The largest rate of its parameter groups.
+        frozen: No parameter of the layer requires a gradient.
+        without_grad: Trainable parameters of the layer, in the optimizer, that have never had a gradient.
+        steps_without_grad: Optimizer steps for which that has been so.
+        optimizer: Index of the optimizer that owns it (None: no optimizer stepped it).
+
+    Example:
+        >>> LayerStats("net.0", grad_norm=0.5, norm_ratio=1.0)
+        LayerStats(net.0: grad_norm=0.5, norm_ratio=1)
+    """
+
+    name: str
+    numel: int = 0
+    grad_norm: float | None = None
+    grad_norm_max: float | None = None
+    norm_ratio: float | None = None
+    non_finite: int = 0
+    bias_grad_rms: float | None = None
+    weight_norm: float | None = None
+    grad_to_weight: float | None = None
+    update_to_weight: float | None = None
+    learning_rate: float | None = None
+    frozen: bool = False
+    without_grad: tuple[str, ...] = ()
+    steps_without_grad: int = 0
+    optimizer: int | None = None
+
+    def __repr__(self) -> str:
+        shown = ", ".join(
+            f"{f.name}={_number(value) if isinstance(value, float) else value}"
+            for f in fields(self)
+            if f.name not in ("name", "numel") and (value := getattr(self, f.name)) not in (None, 0, (), False)
+        )
+        return f"LayerStats({self.name}: {shown})"
+
+
+@dataclass(frozen=True)
+class StepStats(Record):
+    """One optimizer step inside a record's window: all that rules over time need.
+
+    Attributes:
+        step: The loggers' x value of the step.
+        optimizer: Index of the optimizer that stepped.
+        total_norm: L2 norm of all its gradients together, before any clipping; Inf or NaN where they were.
+        loss: The training loss of the step, or None where it is not known.
+        non_finite: A gradient had a NaN or Inf.
+        learning_rate: The largest rate of the optimizer's groups (None where it lives on the device).
+
+    Example:
+        >>> StepStats(step=3, optimizer=0, total_norm=1.5).total_norm
+        1.5
+    """
+
+    step: int
+    optimizer: int = 0
+    total_norm: float | None = None
+    loss: float | None = None
+    non_finite: bool = False
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class StepRecord(Record):
+    """What was measured up to one logged step.
+
+    Attributes:
+        step: The loggers' x value of the last optimizer step of the window.
+        total_norm: L2 norm over all layers' gradients at their last step.
+        total_norm_max: The largest finite total norm of the window (spikes between two logs are never lost).
+        clip_coefficient: The smallest factor that clipping applied in the window; None where nothing clips.
+        layers: One entry a layer, in order of first use in the forward pass.
+        window: One entry an optimizer step since the previous record.
+        probed: Weight norms and updates were measured in this window.
+        backward_gain: Fitted gain per layer of the backward signal (None: not measured).
+
+    Example:
+        >>> StepRecord(step=9, total_norm=2.0)
+        StepRecord(step=9, total_norm=2, layers=0)
+    """
+
+    step: int
+    total_norm: float | None = None
+    total_norm_max: float | None = None
+    clip_coefficient: float | None = None
+    layers: tuple[LayerStats, ...] = ()
+    window: tuple[StepStats, ...] = ()
+    probed: bool = False
+    backward_gain: float | None = None
+
+    def __repr__(self) -> str:
+        return f"StepRecord(step={self.step}, total_norm={_number(self.total_norm)}, layers={len(self.layers)})"
+
+    @property
+    def non_finite_steps(self) -> int:
+        """Steps of the window at which a gradient was NaN or Inf."""
+        return sum(step.non_finite for step in self.window)
+
+    @property
+    def norm_ratios(self) -> list[float]:
+        """The finite norm ratios, in layer order."""
+        return [
+            layer.norm_ratio
+            for layer in self.layers
+            if layer.norm_ratio is not None and math.isfinite(layer.norm_ratio)
+        ]
+
+    @property
+    def update_to_weight_median(self) -> float | None:
+        """Median over the layers of `|dw| / |w|`, or None where it was not measured."""
+        value = median(s.update_to_weight for s in self.layers if s.update_to_weight is not None)
+        return None if math.isnan(value) else value
+
+
+Evidence = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding(Record):
+    """One thing that is, or was, wrong: what, where, since when, how one knows, and what to do.
+
+    Attributes:
+        condition: What is wrong. A rule of your own may use a string of its own.
+        severity: How bad.
+        layers: The layers concerned, in order of first use; empty: the whole network.
+        first_step: The loggers' x value at which it was first seen.
+        last_step: The one at which it was last seen.
+        summary: What was seen, as a clause.
+        evidence: The numbers behind it.
+        remedy: What to do, in words or code that can be pasted.
+
+    Example:
+        >>> finding = Finding("loss_spike", Severity.WARNING, (), 7, 7, "loss 40 after 2", {"loss": 40.0},
+        ...                   "lower the rate")
+        >>> print(finding)
+        warning: loss_spike at step 7: loss 40 after 2. Remedy: lower the rate
+    """
+
+    condition: str
+    severity: Severity
+    layers: tuple[str, ...]
+    first_step: int
+    last_step: int
+    summary: str = ""
+    evidence: Evidence = field(default_factory=dict)
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        if self.condition in Condition._value2member_map_:
+            object.__setattr__(self, "condition", Condition(self.condition))
+
+    def __str__(self) -> str:
+        since = f"at step {self.first_step}"
+        if self.last_step > self.first_step:
+            since = f"since step {self.first_step}"
+        where = f" in {self.where}" if self.layers else ""
+        return f"{self.severity}: {self.condition}{where} {since}: {self.summary}. Remedy: {self.remedy}"
+
+    @property
+    def where(self) -> str:
+        """The layers in a few words."""
+        if not self.layers:
+            return "the whole network"
+        if len(self.layers) <= 3:
+            return ", ".join(self.layers)
+        return f"{self.layers[0]} … {self.layers[-1]} ({len(self.layers)} layers)"
+
+
+@dataclass(frozen=True, repr=False)
+class HealthReport(Record):
+    """The verdict on a run so far.
+
+    Attributes:
+        findings: Every finding, the gravest first and, among equals, the earliest.
+        layers: The last statistics of every layer, in order of first use.
+        step: The loggers' x value of the last optimizer step that was seen (-1: none).
+        steps: Optimizer steps seen.
+        non_finite_steps: Steps with a NaN or Inf gradient.
+        clipped_steps: Steps whose gradients the callback scaled down.
+        skipped_steps: Steps that the callback skipped.
+        trend: Pairs of step and largest total norm, pooled over the run.
+        notes: What could not be measured, and why.
+
+    Example:
+        >>> report = HealthReport()
+        >>> report.healthy, sorted(report.conditions)
+        (True, [])
+    """
+
+    findings: tuple[Finding, ...] = ()
+    layers: tuple[LayerStats, ...] = ()
+    step: int = -1
+    steps: int = 0
+    non_finite_steps: int = 0
+    clipped_steps: int = 0
+    skipped_steps: int = 0
+    trend: tuple[tuple[float, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """The conditions found with severity warning or critical."""
+        return frozenset(f.condition for f in self.findings if f.severity is not Severity.INFO)
+
+    @property
+    def healthy(self) -> bool:
+        """True where nothing above info was found."""
+        return not self.conditions
+
+    def __repr__(self) -> str:
+        verdict = "healthy" if self.healthy else ", ".join(sorted(self.conditions))
+        return f"HealthReport({verdict}; {len(self.layers)} layers, {self.steps} steps)"
+
+    def __rich__(self) -> RenderableType:
+        from lightning_gradhealth.report import render_health
+
+        return render_health(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report; the suffix decides how: .json, .md or .txt.
+
+        Args:
+            path: The file to write; missing folders are made.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ValueError: The suffix is none of these.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     HealthReport().save(Path(folder) / "health.json").name
+            'health.json'
+        """
+        from lightning_gradhealth.report import save_health
+
+        return save_health(self, Path(path))
+
+
+@dataclass(frozen=True)
+class InitEntry(Record):
+    """What `init_weights` did to one parameter, or to one block of it (a gate, a projection), and why.
+
+    Attributes:
+        name: The parameter's name; a block's in brackets behind it, as in `rnn.weight_ih_l0[forget]`.
+        module: Class of the module that owns it.
+        shape: Shape of the parameter or block.
+        rule: The handler that decided ("Linear", "LSTM", a registered initializer's name, "frozen", ...).
+        scheme: "he", "xavier", "lecun", "orthogonal", "constant", or "kept".
+        distribution: "normal", "uniform", "truncated_normal", or "" where nothing was drawn.
+        fan: The fan that std was computed from (None where there is none).
+        gain: The gain, without gamma (None where there is none).
+        target_std: What the standard deviation should be (None: left alone).
+        measured_std: What it is now (None where there are fewer than two elements).
+        note: Why, where it is not obvious.
+
+    Example:
+        >>> InitEntry("0.weight", "Linear", (8, 4), "Linear", "he", "normal", 4.0, 1.41, 0.707, 0.7).fan
+        4.0
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    rule: str
+    scheme: str
+    distribution: str = ""
+    fan: float | None = None
+    gain: float | None = None
+    target_std: float | None = None
+    measured_std: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class InitReport(Record):
+    """What `init_weights` did: every parameter of the model is accounted for.
+
+    Attributes:
+        entries: One for each parameter or block of one, in registration order.
+        seed: The seed the draws came from; the same seed gives the same weights again.
+
+    Example:
+        >>> InitReport(entries=(), seed=0).uncovered
+        ()
+    """
+
+    entries: tuple[InitEntry, ...] = ()
+    seed: int = 0
+
+    @property
+    def uncovered(self) -> tuple[str, ...]:
+        """Names of the parameters that no rule knew, so that they kept their values."""
+        return tuple(entry.name for entry in self.entries if entry.rule == "uncovered")
+
+    def __repr__(self) -> str:
+        kept = sum(entry.scheme == "kept" for entry in self.entries)
+        return f"InitReport({len(self.entries)} entries, {kept} kept, {len(self.uncovered)} uncovered)"
+
+    def __rich__(self) -> RenderableType:
+        from lightning_gradhealth.report import render_init
+
+        return render_init(self)

@@ -1,0 +1,49 @@
+"""Rules: plain numbers in, verdicts out. They only compare; patience and hysteresis are their base's."""
+
+from __future__ import annotations
+
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict
+from lightning_gradhealth.rules.gradients import (
+    DepthRule,
+    ExplodingInTime,
+    NoGradient,
+    NonFinite,
+    VanishingInTime,
+)
+from lightning_gradhealth.rules.training import (
+    CollapsingWeights,
+    GrowingWeights,
+    LossSpike,
+    OversizedUpdates,
+    StalledLayers,
+    StalledLoss,
+)
+
+
+def default_rules(thresholds: Thresholds) -> list[Rule]:
+    """The rules that judge every run; causes stand before their symptoms.
+
+    Args:
+        thresholds: The numbers that they compare with.
+
+    Example:
+        >>> len({rule.condition for rule in default_rules(Thresholds())})
+        10
+    """
+    return [
+        OversizedUpdates(thresholds),
+        DepthRule(True, thresholds),
+        DepthRule(False, thresholds),
+        ExplodingInTime(thresholds),
+        VanishingInTime(thresholds),
+        NoGradient(thresholds),
+        GrowingWeights(thresholds),
+        CollapsingWeights(thresholds),
+        StalledLayers(thresholds),
+        NonFinite(thresholds),
+        LossSpike(thresholds),
+        StalledLoss(thresholds),
+    ]
+
+
+__all__ = ["NOT_MEASURED", "NotMeasured", "Rule", "Thresholds", "Verdict", "default_rules"]

@@ -1,0 +1,219 @@
+"""What all rules share: thresholds with their reasons, verdicts, patience, hysteresis and memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lightning_gradhealth.records import Finding, Severity, StepRecord
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Every number that a verdict depends on, with its reason.
+
+    "Measured" means: on labelled small trainings (MLP, CNN, residual, recurrent, transformer; sick and
+    healthy), the healthy and the sick values lay as given.
+
+    Attributes:
+        depth_ratio: Backward signal of the first quarter of the layers over that of the last, and the fitted
+            gain to the power of the depth: below this it vanishes, above its inverse it explodes. Measured:
+            healthy >= 6e-3, sick <= 5e-6.
+        depth_critical: The same, beyond hope: half of float32's 7 digits are gone.
+        depth_layers: Fewer layers than this have no depth to judge.
+        depth_probes: Probes in a row for a verdict over depth; the first two steps are probed.
+        time_ratio: Total norm over the median of the last `time_window` finite ones: an explosion in time.
+            Measured: healthy <= 4, spikes >= 3.9e3.
+        time_window: Steps in that median.
+        time_warmup: Finite steps that must be there before a norm is compared with them.
+        growth: Factor by which a weight norm grows (or, inverted, shrinks) in a window of
+            `growth_window` steps for it to count as a doubling (a halving).
+        growth_window: Least number of steps between the weight norms that are compared.
+        growth_windows: Windows in a row, none slower than the one before, that make it exponential.
+        collapsed: A weight norm is collapsing only below this share of its greatest.
+        update_at_once: `|dw|/|w|` that is oversized at once: the step replaces the weights.
+        update_repeated: `|dw|/|w|` that is oversized on two probes after the first. Measured: a healthy first
+            step <= .05; around 1e-3 is usual.
+        update_share: Share of the layers that must be oversized.
+        stalled_update: `|dw|/|w|` below which a layer stands still (float32 rounds at 6e-8) while ...
+        moving_update: ... another layer of the same optimizer is above this.
+        stalled_probes: Probes in a row for that.
+        no_gradient_steps: Steps without any gradient before a parameter is reported.
+        spike_sigmas: Robust standard deviations above the median loss. Measured: healthy <= 6.7.
+        spike_log_sigmas: The same on a logarithmic scale, where the loss is still below the run's first one.
+            Hard batches of nets that have converged stay below it.
+        spike_median: A spike is also more than this many times the median loss ...
+        spike_fall: ... and more than this share of the fall of the loss so far.
+        stalled_steps: Steps, at a rate that has stopped rising, before a loss can be stalled.
+        stalled_fall: The upper 2-sigma bound of the fall of the loss, as a share of its start, below which it
+            has not moved.
+        release: Clear verdicts in a row after which a finding is no longer active.
+
+    Example:
+        >>> Thresholds(time_ratio=100.0).time_ratio
+        100.0
+    """
+
+    depth_ratio: float = 1e-3
+    depth_critical: float = 1e-6
+    depth_layers: int = 4
+    depth_probes: int = 2
+    time_ratio: float = 1e3
+    time_window: int = 100
+    time_warmup: int = 5
+    growth: float = 2.0
+    growth_window: int = 20
+    growth_windows: int = 2
+    collapsed: float = 0.1
+    update_at_once: float = 1.0
+    update_repeated: float = 0.1
+    update_share: float = 0.5
+    stalled_update: float = 1e-6
+    moving_update: float = 1e-4
+    stalled_probes: int = 3
+    no_gradient_steps: int = 20
+    spike_sigmas: float = 10.0
+    spike_log_sigmas: float = 5.0
+    spike_median: float = 2.0
+    spike_fall: float = 0.1
+    stalled_steps: int = 100
+    stalled_fall: float = 0.05
+    release: int = 3
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(
+                    f"Thresholds: {f.name} must be a number > 0, got {value!r}; leave it out for {f.default!r}"
+                )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of one record.
+
+    Attributes:
+        severity: "info", "warning" or "critical".
+        summary: What was seen, as a clause.
+        remedy: What to do.
+        layers: The layers concerned; empty: the whole network.
+        evidence: The numbers behind it.
+        first_step: Since when, if the rule knows better than "since this record".
+
+    Example:
+        >>> Verdict("warning", "the loss is odd", "look at it").layers
+        ()
+    """
+
+    severity: Severity | str
+    summary: str
+    remedy: str
+    layers: tuple[str, ...] = ()
+    evidence: dict[str, Any] = field(default_factory=dict)
+    first_step: int | None = None
+
+
+class NotMeasured:
+    """The answer of a rule that a record tells nothing: it neither counts nor clears."""
+
+
+NOT_MEASURED = NotMeasured()
+
+
+class Rule:
+    """Base of all rules: looks at plain numbers, compares, and says what is wrong.
+
+    Subclasses set `condition` and write `check`. A verdict becomes a finding after `patience` verdicts in a
+    row, for each layer by itself where `per_layer` is set, and stays active until `release` clear ones in a
+    row. Everything a rule remembers lives in `memory`, as primitives, lists and dicts, so that it survives a
+    checkpoint.
+
+    Args:
+        thresholds: The numbers to compare with; None: the defaults.
+
+    Example:
+        >>> class TinyNorm(Rule):
+        ...     condition = "tiny_norm"
+        ...     def check(self, record):
+        ...         if record.total_norm is not None and record.total_norm < 1e-8:
+        ...             return Verdict("warning", f"total norm {record.total_norm:g}", "raise the loss scale")
+        >>> TinyNorm().judge(StepRecord(step=5, total_norm=1e-9)).condition
+        'tiny_norm'
+    """
+
+    condition: str = ""
+    patience: int = 1
+    per_layer: bool = False
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        self.thresholds = thresholds or Thresholds()
+        self.memory: dict[str, Any] = {}
+        self._streaks: dict[str, tuple[int, int]] = {}  # key -> first step, verdicts in a row
+        self._clear = 0
+        self.active = False
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Judge one record: a verdict, None where all is well, NOT_MEASURED where it tells nothing."""
+        raise NotImplementedError(f"{type(self).__name__} must define check(record)")
+
+    def judge(self, record: StepRecord) -> Finding | None:
+        """Apply patience and hysteresis to `check` and return what has been found, if anything."""
+        verdict = self.check(record)
+        if isinstance(verdict, NotMeasured):
+            return None
+        if verdict is None:
+            self._streaks.clear()
+            self._clear += 1
+            self.active = self.active and self._clear < self.thresholds.release
+            return None
+        self._clear = 0
+        keys = verdict.layers if self.per_layer else ("",)
+        since = record.step if verdict.first_step is None else verdict.first_step
+        streaks = {key: self._streaks.get(key, (since, 0)) for key in keys}
+        self._streaks = {key: (first, count + 1) for key, (first, count) in streaks.items()}
+        due = [key for key in keys if self._streaks[key][1] >= self.patience]
+        if not due:
+            return None
+        self.active = True
+        return Finding(
+            condition=str(self.condition),
+            severity=Severity(verdict.severity),
+            layers=tuple(due) if self.per_layer else verdict.layers,
+            first_step=min(self._streaks[key][0] for key in due),
+            last_step=record.step,
+            summary=verdict.summary,
+            evidence=dict(verdict.evidence),
+            remedy=verdict.remedy,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule remembers, as primitives, lists and dicts."""
+        return {
+            "memory": copy.deepcopy(self.memory),
+            "streaks": dict(self._streaks),
+            "clear": self._clear,
+            "active": self.active,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.memory = copy.deepcopy(state["memory"])
+        self._streaks = {key: (first, count) for key, (first, count) in state["streaks"].items()}
+        self._clear = state["clear"]
+        self.active = state["active"]
+
+
+def keep_last(values: list[float], value: float | None, size: int) -> None:
+    """Append a finite value to a bounded list; NaN, Inf and None never enter a running statistic.
+
+    Example:
+        >>> window = [1.0, 2.0]
+        >>> keep_last(window, float("nan"), 2); keep_last(window, 3.0, 2); window
+        [2.0, 3.0]
+    """
+    if value is not None and math.isfinite(value):
+        values.append(value)
+        del values[:-size]

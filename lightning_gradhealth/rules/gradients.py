@@ -1,0 +1,288 @@
+"""Rules for what gradients tell: over depth, over time, NaN and Inf, and gradients that never come."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from lightning_gradhealth.records import (
+    Condition,
+    LayerStats,
+    Severity,
+    StepRecord,
+    StepStats,
+    fitted_gain,
+    median,
+)
+from lightning_gradhealth.rules.base import (
+    NOT_MEASURED,
+    NotMeasured,
+    Rule,
+    Thresholds,
+    Verdict,
+    keep_last,
+)
+
+_EXPLOSION_CURE = (
+    "if it came with training: a smaller learning rate or a warm-up of it, and Trainer(gradient_clip_val=1.0); if it"
+    ' was there from the start: gh.init_weights(model, scheme="he") for ReLU-like activations (scheme="xavier" for'
+    " tanh), or a normalisation layer between the layers"
+)
+_DEPTH_CURE = (
+    'gh.init_weights(model, scheme="he") for ReLU-like activations (scheme="xavier" for tanh); else a normalisation'
+    " layer between the layers, residual connections, or ReLU-like activations in place of sigmoid and tanh"
+)
+
+
+def by_optimizer(record: StepRecord) -> Iterator[list[LayerStats]]:
+    """The layers of each optimizer of the record, in order of first use; frozen ones left out."""
+    numbers = {layer.optimizer for layer in record.layers if layer.optimizer is not None}
+    for number in sorted(numbers):
+        yield [layer for layer in record.layers if layer.optimizer == number and not layer.frozen]
+
+
+class DepthRule(Rule):
+    """Vanishing or exploding gradients over depth, by the biases' gradients.
+
+    A bias gradient is the batch sum of dL/d(output), so its RMS stands in for the backward signal. The median
+    of the first quarter of the layers is held against that of the last, and the fitted gain to the power of
+    the depth must agree: one odd layer at either end is no verdict.
+
+    Args:
+        vanishing: True looks for vanishing, False for exploding gradients.
+        thresholds: See `Thresholds`.
+    """
+
+    def __init__(self, vanishing: bool, thresholds: Thresholds | None = None) -> None:
+        super().__init__(thresholds)
+        self.vanishing = vanishing
+        self.condition = Condition.VANISHING_GRADIENTS if vanishing else Condition.EXPLODING_GRADIENTS
+        self.patience = self.thresholds.depth_probes
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Judge every optimizer's chain of layers; the worst one counts."""
+        if not record.probed:
+            return NOT_MEASURED
+        chains = [
+            [(layer.name, layer.bias_grad_rms) for layer in layers if layer.bias_grad_rms is not None]
+            for layers in by_optimizer(record)
+        ]
+        measured = [
+            chain
+            for chain in chains
+            if len(chain) >= self.thresholds.depth_layers and all(math.isfinite(rms) for _, rms in chain)
+        ]
+        if not measured:
+            return NOT_MEASURED
+        verdicts = [verdict for chain in measured if (verdict := self._judge_chain(chain))]
+        return max(verdicts, key=lambda verdict: Severity(verdict.severity).rank, default=None)
+
+    def _judge_chain(self, chain: list[tuple[str, float]]) -> Verdict | None:
+        names, rms = [name for name, _ in chain], [value for _, value in chain]
+        quarter = max(1, len(chain) // 4)
+        first, last = median(rms[:quarter]), median(rms[-quarter:])
+        if last == 0.0 and first == 0.0:
+            return None  # no gradient anywhere is not a matter of depth
+        ratio = first / last if last > 0.0 else math.inf
+        gain = fitted_gain(rms)
+        if first == 0.0 or last == 0.0:
+            whole = ratio  # zeros have no logarithm, so the fit knows nothing of them
+        elif gain is None:
+            return None
+        else:
+            whole = gain ** (len(chain) - 1)
+        if not self.vanishing:
+            ratio, whole = _inverse(ratio), _inverse(whole)
+        # while active it takes ten times as good a signal to be clear again
+        limit = self.thresholds.depth_ratio * (10 if self.active else 1)
+        if ratio >= limit or whole >= limit:
+            return None
+        verb = "vanish" if self.vanishing else "explode"
+        reach = f", gain {gain:.2g} per layer" if gain is not None else ""
+        concerned = [
+            name
+            for name, value in chain
+            if (value < last * math.sqrt(limit) if self.vanishing else value > last / math.sqrt(limit))
+        ]
+        return Verdict(
+            severity=Severity.CRITICAL if ratio < self.thresholds.depth_critical else Severity.WARNING,
+            summary=(
+                f"gradients {verb} on the way to the first layers: the signal at {names[0]} is"
+                f" {first / last if last else math.inf:.1e} of that at {names[-1]} over {len(chain)} layers{reach}"
+            ),
+            remedy=_DEPTH_CURE if self.vanishing else _EXPLOSION_CURE,
+            layers=tuple(concerned),
+            evidence={
+                "first_to_last": first / last if last else math.inf,
+                "fitted_gain": gain,
+                "layers_measured": len(chain),
+                "depth_limit": depth_limit(gain, self.thresholds.depth_ratio),
+            },
+        )
+
+
+def _inverse(value: float) -> float:
+    return math.inf if value == 0.0 else 1.0 / value
+
+
+def depth_limit(gain: float | None, ratio: float) -> int | None:
+    """Number of layers after which a signal with this gain per layer has changed by the factor `ratio`.
+
+    Example:
+        >>> depth_limit(0.5, 1e-3)
+        10
+    """
+    if gain is None or gain in (0.0, 1.0, math.inf):
+        return None
+    return math.ceil(abs(math.log(ratio) / math.log(gain)))
+
+
+class ExplodingInTime(Rule):
+    """The total gradient norm of an optimizer leaps by orders of magnitude.
+
+    It is held against the median of the last finite norms, and against the run's first ones too: at the end
+    of a run that has converged the median is tiny, and one hard batch is no explosion.
+    """
+
+    condition = Condition.EXPLODING_GRADIENTS
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Judge every step of the window, in order."""
+        worst: tuple[float, StepStats] | None = None
+        for step in record.window:
+            recent = self.memory.setdefault(f"recent{step.optimizer}", [])
+            early = self.memory.setdefault(f"early{step.optimizer}", [])
+            if step.total_norm is None or step.non_finite:
+                continue
+            if len(recent) >= self.thresholds.time_warmup:
+                usual = max(median(recent), median(early) / 100)
+                factor = step.total_norm / usual if usual > 0 else 0.0
+                if factor > self.thresholds.time_ratio and (worst is None or factor > worst[0]):
+                    worst = factor, step
+            keep_last(recent, step.total_norm, self.thresholds.time_window)
+            if len(early) < self.thresholds.growth_window:
+                keep_last(early, step.total_norm, self.thresholds.growth_window)
+        if worst is None:
+            return None
+        factor, step = worst
+        return Verdict(
+            severity=Severity.CRITICAL,
+            summary=f"the gradient norm leapt to {step.total_norm:.2g}, {factor:.1e} times its usual size",
+            remedy=(
+                "Trainer(gradient_clip_val=1.0), a smaller learning rate or a warm-up of it; look at the batch of that"
+                " step if it happened once"
+            ),
+            evidence={"total_norm": step.total_norm, "factor": factor},
+            first_step=step.step,
+        )
+
+
+class VanishingInTime(Rule):
+    """The gradients die away in every layer although the loss has not come down.
+
+    Shrinking gradients alone are what convergence looks like; without a loss there is no verdict.
+    """
+
+    condition = Condition.VANISHING_GRADIENTS
+    patience = 2
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Hold the recent norms and losses against the run's first ones."""
+        size = self.thresholds.growth_window
+        for step in record.window:
+            for name, value in (("norm", step.total_norm), ("loss", step.loss)):
+                early = self.memory.setdefault(f"early_{name}{step.optimizer}", [])
+                if len(early) < size:
+                    keep_last(early, value, size)
+                else:
+                    keep_last(self.memory.setdefault(f"late_{name}{step.optimizer}", []), value, size)
+        numbers = {step.optimizer for step in record.window}
+        answers = [self._judge_optimizer(record, number) for number in sorted(numbers)]
+        verdicts = [answer for answer in answers if isinstance(answer, Verdict)]
+        if verdicts:
+            return verdicts[0]
+        return None if None in answers else NOT_MEASURED
+
+    def _judge_optimizer(self, record: StepRecord, number: int) -> Verdict | NotMeasured | None:
+        early_norm, late_norm, early_loss, late_loss = (
+            self.memory.get(f"{when}_{what}{number}", []) for what in ("norm", "loss") for when in ("early", "late")
+        )
+        if min(len(late_norm), len(late_loss)) < self.thresholds.growth_window:
+            return NOT_MEASURED
+        before, now = median(early_norm), median(late_norm)
+        start, loss = median(early_loss), median(late_loss)
+        if now >= before / self.thresholds.time_ratio or loss <= start - self.thresholds.stalled_fall * abs(start):
+            return None
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"the gradient norm has fallen from {before:.2g} to {now:.2g}, but the loss is still {loss:.3g}",
+            remedy=(
+                "a smaller learning rate and gh.init_weights(model, ...): units may be dead or saturated; LeakyReLU or"
+                " ELU where ReLU units died"
+            ),
+            evidence={"norm_before": before, "norm_now": now, "loss_before": start, "loss_now": loss},
+        )
+
+
+class NonFinite(Rule):
+    """NaN or Inf in a gradient, or in the loss: the exact step; the layers where it was not everywhere."""
+
+    condition = Condition.NON_FINITE
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Name the first step of the window with a NaN or Inf."""
+        bad = [
+            step
+            for step in record.window
+            if step.non_finite or (step.loss is not None and not math.isfinite(step.loss))
+        ]
+        if not bad:
+            return None
+        first = bad[0]
+        steps = sum(step.non_finite for step in bad if step.optimizer == first.optimizer)
+        watched = [layer for layer in record.layers if layer.optimizer == first.optimizer]
+        # NaN stays and spreads: the layers hit at the first step are those hit at every one
+        hit = [layer.name for layer in watched if layer.non_finite and layer.non_finite >= steps]
+        everywhere = len(hit) >= len(watched)
+        what = "the loss is" if not first.non_finite else "gradients are"
+        where = "in every layer, origin unknown" if everywhere else f"in {len(hit)} of {len(watched)} layers"
+        return Verdict(
+            severity=Severity.CRITICAL,
+            summary=f"{what} NaN or Inf {where}",
+            remedy=(
+                "a smaller learning rate or a warm-up, Trainer(gradient_clip_val=1.0); look for log(0), division by 0"
+                " and bad values in the batch of that step: Trainer(detect_anomaly=True) names the operation"
+            ),
+            layers=() if everywhere else tuple(hit),
+            evidence={"steps": len(bad), "layers_hit": len(hit), "loss": first.loss},
+            first_step=first.step,
+        )
+
+
+class NoGradient(Rule):
+    """Trainable parameters in the optimizer that have never had a gradient. Zero is a gradient, None is none."""
+
+    condition = Condition.NO_GRADIENT
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Collect the parameters that have been without for long enough."""
+        silent = [
+            layer
+            for layer in record.layers
+            if layer.without_grad and layer.steps_without_grad >= self.thresholds.no_gradient_steps
+        ]
+        if not silent:
+            return None
+        names = [name for layer in silent for name in layer.without_grad]
+        steps = max(layer.steps_without_grad for layer in silent)
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"{len(names)} trainable parameters have had no gradient in {steps} steps ({', '.join(names[:3])})",
+            remedy=(
+                "use them in the forward pass, or leave them out: parameter.requires_grad_(False); a detach() or"
+                " no_grad() on the way cuts them off too"
+            ),
+            layers=tuple(layer.name for layer in silent),
+            evidence={"parameters": names, "steps": steps},
+            first_step=record.step - steps + 1,
+        )

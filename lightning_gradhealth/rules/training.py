@@ -1,0 +1,297 @@
+"""Rules for what weights, updates and the loss tell."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord, median
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict, keep_last
+from lightning_gradhealth.rules.gradients import by_optimizer
+
+
+def _measured_updates(layers: list[LayerStats]) -> list[tuple[LayerStats, float]]:
+    return [
+        (layer, layer.update_to_weight)
+        for layer in layers
+        if layer.update_to_weight is not None and math.isfinite(layer.update_to_weight)
+    ]
+
+
+class OversizedUpdates(Rule):
+    """Updates that are large beside the weights: one step replaces what was learned ("avalanche learning")."""
+
+    condition = Condition.OVERSIZED_UPDATES
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Judge the updates of every optimizer; two probes in a row for those that are merely large."""
+        chains = [chain for layers in by_optimizer(record) if (chain := _measured_updates(layers))]
+        if not chains:
+            return NOT_MEASURED
+        first_probe = not self.memory.get("probed", False)
+        self.memory["probed"] = True
+        at_once = [(chain, hit) for chain in chains if (hit := self._over(chain, self.thresholds.update_at_once))]
+        large = [(chain, hit) for chain in chains if (hit := self._over(chain, self.thresholds.update_repeated))]
+        repeated = bool(large) and not first_probe and self.memory.get("large_before", False)
+        self.memory["large_before"] = bool(large) and not first_probe
+        if not at_once and not repeated:
+            return None
+        chain, hit = (at_once or large)[0]
+        size = median(value for _, value in chain)
+        return Verdict(
+            severity=Severity.CRITICAL if at_once else Severity.WARNING,
+            summary=f"one step changes the weights of {len(hit)} of {len(chain)} layers by {size:.2g} of their size",
+            remedy="divide the learning rate by 10 or more, and warm it up: healthy updates are near 1e-3 of the weights",
+            layers=tuple(hit),
+            evidence={
+                "update_to_weight_median": size,
+                "learning_rate": max(
+                    (la.learning_rate for la, _ in chain if la.learning_rate is not None), default=None
+                ),
+            },
+        )
+
+    def _over(self, chain: list[tuple[LayerStats, float]], limit: float) -> list[str]:
+        """Names of the layers beyond `limit`, if they are as many as it takes."""
+        hit = [layer.name for layer, value in chain if value > limit]
+        return hit if len(hit) >= self.thresholds.update_share * len(chain) else []
+
+
+class StalledLayers(Rule):
+    """Layers that hardly change while others of the same optimizer do."""
+
+    condition = Condition.STALLED_LAYERS
+    per_layer = True
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        super().__init__(thresholds)
+        self.patience = self.thresholds.stalled_probes
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Compare the updates of the layers of each optimizer."""
+        chains = [chain for layers in by_optimizer(record) if (chain := _measured_updates(layers))]
+        if not chains:
+            return NOT_MEASURED
+        stalled: list[LayerStats] = []
+        fastest = 0.0
+        slowed = True
+        for chain in chains:
+            top = max(value for _, value in chain)
+            rate = max((la.learning_rate for la, _ in chain if la.learning_rate is not None), default=None)
+            slow = [layer for layer, value in chain if value < self.thresholds.stalled_update]
+            if top > self.thresholds.moving_update and slow:
+                stalled += slow
+                fastest = max(fastest, top)
+                slowed = slowed and all(_deliberate(layer.learning_rate, rate) for layer in slow)
+        if not stalled:
+            return None
+        return Verdict(
+            severity=Severity.INFO if slowed else Severity.WARNING,
+            summary=(
+                f"{len(stalled)} layers change by less than {self.thresholds.stalled_update:g} of their size a step,"
+                f" another by {fastest:.2g}" + (": their learning rate is set much lower" if slowed else "")
+            ),
+            remedy=(
+                "nothing, if that is what their learning rate is for"
+                if slowed
+                else "see what keeps the gradient from them (vanishing gradients, dead units) and whether their"
+                " parameter group has a learning rate; gh.init_weights(model, ...) if they never learned"
+            ),
+            layers=tuple(layer.name for layer in stalled),
+            evidence={"fastest_update_to_weight": fastest},
+        )
+
+
+def _deliberate(rate: float | None, largest: float | None) -> bool:
+    """A layer's rate is far below the largest, but not zero: somebody wants it slow."""
+    return rate is not None and largest is not None and 0.0 < rate <= largest / 10
+
+
+class _WeightDrift(Rule):
+    """Weight norms that change by a factor in every window of steps, and do not slow down.
+
+    For each layer the memory holds the norms at the borders of the windows; a border is set at the first probe
+    that is `growth_window` steps or more after the last one.
+    """
+
+    sign = 1
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Advance the windows of every layer that was probed."""
+        drifting: dict[str, float] = {}
+        seen = False
+        for layer in record.layers:
+            norm = layer.weight_norm
+            if layer.frozen or norm is None or not math.isfinite(norm) or norm <= 0.0:
+                continue
+            seen = True
+            track = self.memory.setdefault(layer.name, {"borders": [], "greatest": norm})
+            track["greatest"] = max(track["greatest"], norm)
+            borders = track["borders"]
+            if not borders or record.step - borders[-1][0] >= self.thresholds.growth_window:
+                borders.append([record.step, norm])
+                del borders[: -(self.thresholds.growth_windows + 1)]
+            if self._drifts(borders) and self._far_enough(norm, track["greatest"]):
+                drifting[layer.name] = (borders[-1][1] / borders[0][1]) ** (1 / (borders[-1][0] - borders[0][0]))
+        if not drifting:
+            return None if seen else NOT_MEASURED
+        return self._verdict(drifting)
+
+    def _drifts(self, borders: list[list[float]]) -> bool:
+        """Whether every window has the factor and none is much slower than the one before it."""
+        if len(borders) <= self.thresholds.growth_windows:
+            return False
+        pairs = list(zip(borders, borders[1:], strict=False))
+        moves = [self.sign * math.log(after[1] / before[1]) for before, after in pairs]
+        rates = [move / (after[0] - before[0]) for move, (before, after) in zip(moves, pairs, strict=True)]
+        fast = all(move >= math.log(self.thresholds.growth) for move in moves)
+        return fast and all(late >= 0.8 * early for early, late in zip(rates, rates[1:], strict=False))
+
+    def _far_enough(self, norm: float, greatest: float) -> bool:
+        return True
+
+    def _verdict(self, drifting: dict[str, float]) -> Verdict:
+        raise NotImplementedError
+
+
+class GrowingWeights(_WeightDrift):
+    """Weight norms that grow exponentially. Growth from zero that slows down is healthy."""
+
+    condition = Condition.GROWING_WEIGHTS
+
+    def _verdict(self, drifting: dict[str, float]) -> Verdict:
+        factor = max(drifting.values())
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"the weights grow exponentially, by {100 * (factor - 1):.2g} % a step",
+            remedy="check the sign of the loss; a smaller learning rate, weight decay (AdamW), a normalisation layer",
+            layers=tuple(drifting),
+            evidence={"factor_per_step": factor},
+        )
+
+
+class CollapsingWeights(_WeightDrift):
+    """Weight norms that halve again and again and have lost most of their size."""
+
+    condition = Condition.COLLAPSING_WEIGHTS
+    sign = -1
+
+    def _far_enough(self, norm: float, greatest: float) -> bool:
+        return norm < self.thresholds.collapsed * greatest
+
+    def _verdict(self, drifting: dict[str, float]) -> Verdict:
+        factor = min(drifting.values())
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"the weights shrink towards zero, by {100 * (1 - factor):.2g} % a step",
+            remedy="lower weight_decay: rate x decay is the share of every weight that is lost at each step",
+            layers=tuple(drifting),
+            evidence={"factor_per_step": factor},
+        )
+
+
+class LossSpike(Rule):
+    """A loss far above the recent ones.
+
+    It must be so by every one of three measures, and besides either above the run's first loss, so that all
+    learning is undone, or far out on a logarithmic scale: near convergence the losses of single batches spread
+    over orders of magnitude, and a hard batch is no spike.
+    """
+
+    condition = Condition.LOSS_SPIKE
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Judge every loss of the window, in order; the highest spike counts."""
+        losses = [(step.step, step.loss) for step in record.window if step.loss is not None]
+        if not losses:
+            return NOT_MEASURED
+        recent: list[float] = self.memory.setdefault("recent", [])
+        worst: tuple[float, int, float] | None = None
+        for step, loss in losses:
+            if math.isnan(loss):
+                continue
+            start = self.memory.setdefault("start", loss)
+            if len(recent) >= self.thresholds.growth_window and self._is_spike(loss, recent, start):
+                usual = median(recent)
+                if worst is None or loss > worst[0]:
+                    worst = loss, step, usual
+            keep_last(recent, loss, self.thresholds.time_window)
+        if worst is None:
+            return None
+        loss, at, usual = worst
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"the loss leapt to {loss:.3g} from a usual {usual:.3g}",
+            remedy="look at the batch of that step; Trainer(gradient_clip_val=1.0), a smaller learning rate",
+            evidence={"loss": loss, "median": usual},
+            first_step=at,
+        )
+
+    def _is_spike(self, loss: float, recent: list[float], start: float) -> bool:
+        usual, sigma = _centre_and_spread(recent)
+        limit = max(
+            self.thresholds.spike_sigmas * sigma,
+            (self.thresholds.spike_median - 1) * abs(usual),
+            self.thresholds.spike_fall * (start - min(recent)),
+            0.0,
+        )
+        if loss - usual <= limit:
+            return False
+        if loss > start or min(recent) <= 0.0:
+            return True
+        middle, spread = _centre_and_spread([math.log(value) for value in recent])
+        return math.log(loss) - middle > self.thresholds.spike_log_sigmas * spread
+
+
+def _centre_and_spread(values: list[float]) -> tuple[float, float]:
+    """Median, and the standard deviation that the median absolute deviation stands for."""
+    centre = median(values)
+    return centre, 1.4826 * median(abs(value - centre) for value in values)
+
+
+class StalledLoss(Rule):
+    """A loss that has not come down since the start, noise allowed for, at a rate that has stopped rising."""
+
+    condition = Condition.STALLED_LOSS
+    patience = 2
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Hold the mean of the recent losses, with its error, against that of the first ones."""
+        size = self.thresholds.growth_window
+        early: list[float] = self.memory.setdefault("early", [])
+        late: list[float] = self.memory.setdefault("late", [])
+        for step in record.window:
+            if step.loss is None:
+                continue
+            if step.learning_rate is not None and step.learning_rate > self.memory.get("rate", 0.0):
+                self.memory["rate"] = step.learning_rate
+                self.memory["steps"] = 0
+            self.memory["steps"] = self.memory.get("steps", 0) + 1
+            if len(early) < size:
+                keep_last(early, step.loss, size)
+            else:
+                keep_last(late, step.loss, self.thresholds.time_window)
+        if self.memory.get("steps", 0) < self.thresholds.stalled_steps or len(late) < size:
+            return NOT_MEASURED
+        start, error_start = _mean_and_error(early)
+        now, error_now = _mean_and_error(late)
+        bound = start - now + 2 * math.hypot(error_start, error_now)
+        self.memory["best"] = max(self.memory.get("best", -math.inf), bound)
+        if self.memory["best"] >= self.thresholds.stalled_fall * abs(start):
+            return None
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"the loss has not come down from {start:.3g} in {self.memory['steps']} steps (now {now:.3g})",
+            remedy=(
+                "see the other findings first: vanishing gradients, stalled layers, oversized updates; else another"
+                " learning rate (the Tuner's lr_find), and check that targets and loss belong together"
+            ),
+            evidence={"loss_at_start": start, "loss_now": now, "fall_upper_bound": bound},
+            first_step=max(0, record.step - self.memory["steps"] + 1),
+        )
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))

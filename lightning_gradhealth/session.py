@@ -1,0 +1,319 @@
+"""HealthSession: the trainer-free heart. It composes monitor, weight probes and judgement, and computes nothing."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from lightning_gradhealth.gradients.monitor import CAPACITY, Decision, GradientMonitor
+from lightning_gradhealth.gradients.norms import read_once
+from lightning_gradhealth.gradients.weights import WeightWatch
+from lightning_gradhealth.judgement import Judgement
+from lightning_gradhealth.layers import LayersSpec, UseRecorder, check_layers
+from lightning_gradhealth.records import Condition, Finding, HealthReport, StepRecord
+from lightning_gradhealth.rules import Rule, Thresholds, default_rules
+
+log = logging.getLogger("lightning_gradhealth")
+
+DEFAULT_CADENCE = 50
+ALWAYS_PROBED = 2
+
+Ignore = Mapping[str, str] | Iterable[str] | str | None
+
+
+def check_arguments(
+    probe_every_n_steps: int | None,
+    layers: LayersSpec,
+    rules: Sequence[Rule],
+    ignore: Ignore,
+    thresholds: Thresholds,
+) -> dict[str, str]:
+    """Check what GradHealth and HealthSession have in common, and return `ignore` as condition -> regex.
+
+    Raises:
+        ValueError: A value is out of range, with its name and the remedy.
+        TypeError: A value is of the wrong type.
+
+    Example:
+        >>> check_arguments(None, "module", (), "loss_spike", Thresholds())
+        {'loss_spike': '.*'}
+    """
+    if probe_every_n_steps is not None:
+        if isinstance(probe_every_n_steps, bool) or not isinstance(probe_every_n_steps, int):
+            raise TypeError(
+                f"probe_every_n_steps must be an int or None, got {probe_every_n_steps!r};"
+                " leave it out to follow the Trainer"
+            )
+        if probe_every_n_steps < 1:
+            raise ValueError(
+                f"probe_every_n_steps must be >= 1, got {probe_every_n_steps}; leave it out to follow the Trainer"
+            )
+    check_layers(layers)
+    if not isinstance(thresholds, Thresholds):
+        raise TypeError(f"thresholds must be a Thresholds, got {thresholds!r}; e.g. Thresholds(time_ratio=100.0)")
+    for rule in rules:
+        if not isinstance(rule, Rule) or not rule.condition:
+            raise TypeError(
+                f"rules must be instances of subclasses of Rule with a condition, got {rule!r}; e.g. rules=[MyRule()]"
+            )
+    if ignore is None:
+        ignore = {}
+    elif isinstance(ignore, str):
+        ignore = {ignore: ".*"}
+    elif not isinstance(ignore, Mapping):
+        ignore = dict.fromkeys(ignore, ".*")
+    known = {condition.value for condition in Condition} | {str(rule.condition) for rule in rules}
+    for condition, pattern in ignore.items():
+        if str(condition) not in known:
+            raise ValueError(
+                f"ignore: {str(condition)!r} is no condition; the conditions are {', '.join(sorted(known))}"
+            )
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"ignore: {pattern!r} is not a valid regular expression ({error}); it is matched against layer names"
+            ) from error
+    return {str(condition): pattern for condition, pattern in ignore.items()}
+
+
+class HealthSession:
+    """Watches a training loop of any kind and says what is wrong; `GradHealth` is this, for Lightning.
+
+    Each step: `observe` after backward and before `optimizer.step()`, then `apply`. Nothing is read from the
+    device until `flush` (call it when you log) or `report`; a window of more than 1,024 steps is read in between.
+    Training is not changed.
+
+    Args:
+        model: The model; DDP's wrapper is looked through.
+        probe_every_n_steps: Weights and updates are measured at every n-th step of an optimizer, and at its
+            first two; None: 50.
+        layers: How parameters are grouped: "module", "parameter", a depth, or regexes.
+        rules: Rules of your own, in addition to the default ones.
+        ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
+        thresholds: The numbers that verdicts depend on.
+        announce: Called once with one line for every new or graver finding; None: the logger
+            "lightning_gradhealth" warns, on rank zero.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        >>> session = HealthSession(net)
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     loss = net(torch.randn(16, 4)).square().mean()
+        ...     loss.backward()
+        ...     session.apply(session.observe(optimizer, loss=loss))
+        ...     _ = optimizer.step()
+        >>> session.flush().step, session.report().healthy
+        (2, True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        probe_every_n_steps: int | None = None,
+        layers: LayersSpec = "module",
+        rules: Sequence[Rule] = (),
+        ignore: Ignore = None,
+        thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        muted = check_arguments(probe_every_n_steps, layers, rules, ignore, thresholds)
+        self.probe_every_n_steps = probe_every_n_steps or DEFAULT_CADENCE
+        self.monitor = GradientMonitor(model, layers)
+        self.judgement = Judgement([*default_rules(thresholds), *copy.deepcopy(list(rules))], muted)
+        self._announce = announce or _warn_on_rank_zero
+        self._recorder: UseRecorder | None = UseRecorder(model)
+        self._order_complete = True
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._open: dict[int, WeightWatch] = {}
+        self._hooks: dict[int, Any] = {}
+        self._losses: Tensor | float | None = None
+        self._last = StepRecord(step=-1)
+        self._told: set[tuple[str, str]] = set()
+
+    # --- every step ---
+
+    def observe(
+        self,
+        optimizer: Optimizer,
+        loss: Tensor | float | None = None,
+        grad_scaler: GradScaler | None = None,
+        *,
+        step: int | None = None,
+    ) -> Decision:
+        """Look at the gradients of `optimizer`, after backward and before it steps; reads nothing on the host.
+
+        Args:
+            optimizer: The optimizer that is about to step; only its parameters are looked at.
+            loss: The training loss of this step, shape () or a float.
+            grad_scaler: The scaler of the loss, if there is one, before or after its `unscale_`.
+            step: The loggers' x value; None counts this optimizer's steps from 0.
+
+        Returns:
+            What is to be done, for `apply`.
+
+        Raises:
+            RuntimeError: A gradient is only this rank's shard.
+        """
+        self._settle_order()
+        if len(self.monitor.rows) >= CAPACITY:
+            self.flush()
+        count = self.monitor.steps_of(optimizer)
+        probed = count < ALWAYS_PROBED or (count + 1) % self.probe_every_n_steps == 0
+        decision = self.monitor.observe(optimizer, step=step, grad_scaler=grad_scaler, exact=probed)
+        row = self.monitor.rows[-1]
+        number = row.optimizer
+        self._open.pop(number, None)
+        if probed and row.slots:
+            slots = self.monitor.layout.slots
+            watch = WeightWatch(row.slots, [slots[i] for i in row.slots], self._indices)
+            row.probe = watch.probe
+            self._open[number] = watch
+            if number not in self._hooks:
+                self._hooks[number] = optimizer.register_step_post_hook(self._after_step)
+        if loss is not None:
+            self.add_loss(loss)
+        return decision
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Close the probe of a step that the optimizer has just done."""
+        if watch := self._open.pop(self.monitor.index_of(optimizer), None):
+            watch.close()
+
+    def _settle_order(self) -> None:
+        """Take the order of first use, once the first batch has been through the forward pass."""
+        if self._recorder is not None:
+            self._recorder.close()
+            if not self.monitor.layout.used:
+                self.monitor.layout.record_use(self._recorder.used)
+            self._order_complete = self._recorder.complete and bool(self.monitor.layout.used)
+            self._recorder = None
+
+    def add_loss(self, loss: Tensor | float) -> None:
+        """Add the loss of a batch; the losses of the micro-batches of one step are summed.
+
+        Args:
+            loss: Shape () or a float: the share of one micro-batch in the loss of the step.
+        """
+        value = loss.detach() if isinstance(loss, Tensor) else float(loss)
+        self._losses = value if self._losses is None else self._losses + value
+        waiting = [row for row in self.monitor.rows if row.loss is None and row.step == self.monitor.rows[-1].step]
+        if waiting:
+            for row in waiting:
+                row.loss = self._losses
+            self._losses = None
+
+    def apply(self, decision: Decision) -> None:
+        """Carry out what `observe` decided, on the device."""
+        self.monitor.apply(decision)
+
+    # --- at the logging cadence ---
+
+    def flush(self) -> StepRecord:
+        """Read everything since the last flush in one transfer, judge it, and return the latest record.
+
+        Returns:
+            The record of the last step; the previous one where nothing was observed since.
+        """
+        records = self.monitor.records(read_once(self.monitor.pending()))
+        self.monitor.rows.clear()
+        for record in records:
+            self._tell(self.judgement.add(record))
+        self._last = records[-1] if records else self._last
+        return self._last
+
+    def conclude(self) -> StepRecord:
+        """Judge a window that is not over yet, on a copy, so that a resumed run equals an unbroken one.
+
+        Returns:
+            The record of the last step observed.
+        """
+        judgement, records = self._peek()
+        self._tell(judgement.findings.values())
+        return records[-1] if records else self._last
+
+    def _peek(self) -> tuple[Judgement, list[StepRecord]]:
+        """A copy of the judgement that has seen the pending window too, and that window's records."""
+        records = self.monitor.records(read_once(self.monitor.pending()))
+        judgement = copy.deepcopy(self.judgement)
+        for record in records:
+            judgement.add(record)
+        return judgement, records
+
+    def _tell(self, findings: Iterable[Finding]) -> None:
+        """Announce each finding once for every severity that it reaches."""
+        for finding in findings:
+            if (finding.condition, finding.severity) not in self._told:
+                self._told.add((finding.condition, finding.severity))
+                self._announce(f"gradhealth: {finding}")
+
+    @property
+    def active_findings(self) -> int:
+        """Number of conditions that hold at the last flush."""
+        return self.judgement.active
+
+    def observed(self, step: int) -> bool:
+        """Whether a step with this x value has been observed since the last flush."""
+        return bool(self.monitor.rows) and self.monitor.rows[-1].step == step
+
+    def report(self, *notes: str) -> HealthReport:
+        """The verdict so far, steps since the last flush included (reads the device once if there are any).
+
+        Args:
+            notes: Remarks to put into the report, besides what could not be measured.
+        """
+        judgement, _ = self._peek()
+        return judgement.report([*self._notes(judgement), *notes])
+
+    def _notes(self, judgement: Judgement) -> list[str]:
+        notes = []
+        if judgement.steps and not self._order_complete:
+            notes.append("layers stand in registration order: compiled or scripted modules hide the order of use")
+        if judgement.steps and not judgement.depth_seen:
+            notes.append("depth: not measured (it needs two layers with biases)")
+        if judgement.steps and not judgement.loss_seen:
+            notes.append("loss: unavailable")
+        return notes
+
+    def close(self) -> None:
+        """Remove every hook; calling it twice does no harm, and the report stays."""
+        if self._recorder is not None:
+            self._recorder.close()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._open.clear()
+
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as primitives and tensors, fit for `torch.load(weights_only=True)`."""
+        return {
+            "monitor": self.monitor.state_dict(),
+            "judgement": self.judgement.state_dict(),
+            "losses": self._losses,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self.monitor.load_state_dict(state["monitor"])
+        self.judgement.load_state_dict(state["judgement"])
+        self._losses = state["losses"]
+        self._told = {(f.condition, f.severity) for f in self.judgement.findings.values()}
+
+
+def _warn_on_rank_zero(line: str) -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        log.warning(line)

@@ -1,0 +1,212 @@
+"""StepRecord to loggers: a handful of well-named scalars for any of them, charts and text for TensorBoard."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from lightning_gradhealth.records import Finding, LayerStats, StepRecord
+
+log = logging.getLogger("lightning_gradhealth")
+
+PREFIX = "gradhealth"
+WORST = 10
+LAYER_METRICS = ("grad_norm", "update_to_weight")
+
+LogLayers = Literal["auto"] | bool | int
+
+
+def check_log_layers(log_layers: LogLayers) -> int | None:
+    """Return how many layers to log; None for all.
+
+    Raises:
+        ValueError: It is neither "auto", a bool nor a number >= 0.
+
+    Example:
+        >>> check_log_layers("auto"), check_log_layers(True), check_log_layers(False), check_log_layers(3)
+        (10, None, 0, 3)
+    """
+    if log_layers == "auto":
+        return WORST
+    if isinstance(log_layers, bool):
+        return None if log_layers else 0
+    if isinstance(log_layers, int) and log_layers >= 0:
+        return log_layers
+    raise ValueError(
+        f'log_layers must be "auto" (the worst {WORST}), True, False or a number of layers >= 0, got {log_layers!r}'
+    )
+
+
+def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
+    """The scalars of a record under their names; values that were not measured or are not finite are left out.
+
+    Example:
+        >>> scalars(StepRecord(step=1, total_norm=2.0), 0)
+        {'gradhealth/total_norm': 2.0, 'gradhealth/non_finite_steps': 0.0, 'gradhealth/findings': 0.0}
+    """
+    ratios = record.norm_ratios
+    values: dict[str, float | None] = {
+        "total_norm": record.total_norm,
+        "total_norm_max": record.total_norm_max,
+        "norm_ratio_min": min(ratios, default=None),
+        "norm_ratio_max": max(ratios, default=None),
+        "gain_per_layer": record.backward_gain,
+        "update_to_weight": record.update_to_weight_median,
+        "non_finite_steps": float(record.non_finite_steps),
+        "findings": float(active_findings),
+    }
+    last = {step.optimizer: step.total_norm for step in record.window}
+    if len(last) > 1:
+        values |= {f"total_norm/optimizer{number}": norm for number, norm in last.items()}
+    return _finite({f"{PREFIX}/{name}": value for name, value in values.items()})
+
+
+def _finite(values: dict[str, float | None]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def worst_layers(layers: Iterable[LayerStats], count: int) -> list[str]:
+    """Names of the `count` layers whose gradients are farthest from the typical one, in layer order.
+
+    Example:
+        >>> worst_layers([LayerStats("a", norm_ratio=1.0), LayerStats("b", norm_ratio=1e-6)], 1)
+        ['b']
+    """
+
+    def distance(layer: LayerStats) -> float:
+        ratio = layer.norm_ratio
+        if ratio is None:
+            return -1.0
+        return abs(math.log(ratio)) if 0.0 < ratio < math.inf else math.inf
+
+    known = list(layers)
+    chosen = sorted(known, key=distance, reverse=True)[:count]
+    return [layer.name for layer in known if layer in chosen]
+
+
+def layout() -> dict[str, dict[str, list[Any]]]:
+    """The charts of TensorBoard's Custom Scalars panel; tags are regexes matched from the start.
+
+    Example:
+        >>> sorted(layout())
+        ['Grad Health', 'Grad Health: layers']
+    """
+
+    def chart(*names: str) -> list[Any]:
+        return ["Multiline", [f"{re.escape(f'{PREFIX}/{name}')}$" for name in names]]
+
+    return {
+        "Grad Health": {
+            "Gradient norm: last step, largest of the window": chart("total_norm", "total_norm_max"),
+            "Gain per layer of the backward signal (1 is ideal)": chart("gain_per_layer"),
+            "Norm ratio: smallest and largest layer (log scale)": chart("norm_ratio_min", "norm_ratio_max"),
+            "Update / weight, median layer (1e-3 is usual)": chart("update_to_weight"),
+            "Active findings, and steps with NaN or Inf": chart("findings", "non_finite_steps"),
+        },
+        "Grad Health: layers": {
+            title: ["Multiline", [f"{PREFIX}/layers/{metric}/.*"]]
+            for title, metric in (("Gradient norm", "grad_norm"), ("Update / weight", "update_to_weight"))
+        },
+    }
+
+
+def findings_text(findings: Sequence[Finding]) -> str:
+    """Findings as a Markdown table for the Text panel.
+
+    Example:
+        >>> findings_text([]).splitlines()[0]
+        '| condition | severity | where | since step | what | remedy |'
+    """
+    rows = ["| condition | severity | where | since step | what | remedy |", "|---|---|---|---|---|---|"]
+    for f in findings:
+        cells = (f.condition, f.severity, f.where, f.first_step, f.summary, f.remedy)
+        rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+class LoggerSink:
+    """Writes records to every logger of a Trainer; a logger that fails is left alone from then on.
+
+    Args:
+        log_layers: How many layers' own scalars to write: "auto" the worst ten, chosen at the first record and
+            kept, so that their lines go on; a number; True for all; False for none.
+
+    Example:
+        >>> class Printer:
+        ...     def log_metrics(self, metrics, step):
+        ...         print(step, sorted(metrics)[-1])
+        >>> LoggerSink(False).write([Printer()], StepRecord(step=3, total_norm=1.0), [], 0)
+        3 gradhealth/total_norm
+    """
+
+    def __init__(self, log_layers: LogLayers = "auto") -> None:
+        self._count = check_log_layers(log_layers)
+        self._layers: list[str] | None = None
+        self._failed: set[int] = set()
+        self._with_layout: set[int] = set()
+        self._told: dict[int, list[Finding]] = {}
+
+    def write(self, loggers: Iterable[Any], record: StepRecord, findings: Sequence[Finding], active: int) -> None:
+        """Write one record by a single `log_metrics` call a logger.
+
+        Args:
+            loggers: The Trainer's loggers.
+            record: What to write.
+            findings: All findings so far; TensorBoard shows them as text when there are new ones.
+            active: Number of findings that hold now.
+        """
+        metrics = scalars(record, active) | self._layer_scalars(record)
+        for logger in loggers:
+            if id(logger) in self._failed:
+                continue
+            try:
+                logger.log_metrics(metrics, step=record.step)
+                if _is_tensorboard(logger):
+                    self._write_panels(logger, record.step, findings)
+            except Exception as error:
+                self._failed.add(id(logger))
+                log.warning(
+                    "gradhealth: %s could not write (%s: %s); it gets nothing more from GradHealth, training goes on",
+                    type(logger).__name__,
+                    type(error).__name__,
+                    error,
+                )
+
+    def _layer_scalars(self, record: StepRecord) -> dict[str, float]:
+        if self._count == 0:
+            return {}
+        if self._layers is None:
+            count = len(record.layers) if self._count is None else self._count
+            self._layers = worst_layers(record.layers, count)
+        chosen = {layer.name: layer for layer in record.layers if layer.name in self._layers}
+        return _finite(
+            {
+                f"{PREFIX}/layers/{metric}/{_tag(name)}": getattr(layer, metric)
+                for metric in LAYER_METRICS
+                for name, layer in chosen.items()
+            }
+        )
+
+    def _write_panels(self, logger: Any, step: int, findings: Sequence[Finding]) -> None:
+        """The layout once a writer, the findings whenever there is a new one."""
+        writer = logger.experiment
+        if id(logger) not in self._with_layout:
+            self._with_layout.add(id(logger))
+            writer.add_custom_scalars(layout())
+        known = [(f.condition, f.severity) for f in self._told.get(id(logger), [])]
+        if any((f.condition, f.severity) not in known for f in findings):
+            self._told[id(logger)] = list(findings)
+            writer.add_text(f"{PREFIX}/findings", findings_text(findings), step)
+
+
+def _is_tensorboard(logger: Any) -> bool:
+    """Of either package, `lightning` or `pytorch_lightning`."""
+    return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)
+
+
+def _tag(name: str) -> str:
+    """A layer name with only the characters that every logger takes."""
+    return re.sub(r"[^\w./ -]", "_", name)
