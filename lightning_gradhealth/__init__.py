@@ -8,6 +8,53 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from lightning_gradhealth.callback import (
+        GradHealth as GradHealth,
+    )
+    from lightning_gradhealth.gradients import (
+        Decision as Decision,
+        GradientMonitor as GradientMonitor,
+    )
+    from lightning_gradhealth.init import (
+        Fans as Fans,
+        InitContext as InitContext,
+        fans as fans,
+        gain as gain,
+        glorot_normal_ as glorot_normal_,
+        glorot_uniform_ as glorot_uniform_,
+        he_normal_ as he_normal_,
+        he_uniform_ as he_uniform_,
+        init_weights as init_weights,
+        kaiming_normal_ as kaiming_normal_,
+        kaiming_uniform_ as kaiming_uniform_,
+        lecun_normal_ as lecun_normal_,
+        lecun_uniform_ as lecun_uniform_,
+        register_initializer as register_initializer,
+        variance_scaling_ as variance_scaling_,
+        xavier_normal_ as xavier_normal_,
+        xavier_uniform_ as xavier_uniform_,
+    )
+    from lightning_gradhealth.records import (
+        Condition as Condition,
+        Finding as Finding,
+        HealthReport as HealthReport,
+        InitEntry as InitEntry,
+        InitReport as InitReport,
+        LayerStats as LayerStats,
+        Severity as Severity,
+        StepRecord as StepRecord,
+        StepStats as StepStats,
+    )
+    from lightning_gradhealth.rules import (
+        Rule as Rule,
+        Thresholds as Thresholds,
+        Verdict as Verdict,
+    )
+    from lightning_gradhealth.session import (
+        HealthSession as HealthSession,
+    )
+
 __version__ = "0.1.0"
 
 _HOMES = {

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,7 +125,7 @@ class Record:
     @classmethod
     def from_dict(cls: type[R], data: dict[str, Any]) -> R:
         """Rebuild a record from `to_dict`'s result; unknown keys of a newer version are ignored."""
-        known = _types_of(cls)
+        known = _types_of(cast("Hashable", cls))
         return cls(**{key: _decode(known[key], value) for key, value in data.items() if key in known})
 
     def to_json(self, indent: int | None = None) -> str:

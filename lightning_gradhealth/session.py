@@ -208,10 +208,12 @@ class HealthSession:
         """
         value = loss.detach() if isinstance(loss, Tensor) else float(loss)
         self._losses = value if self._losses is None else self._losses + value
-        waiting = [row for row in self.monitor.rows if row.loss is None and row.step == self.monitor.rows[-1].step]
+        waiting = False
+        for row in reversed(self.monitor.rows):
+            if row.loss is not None or row.step != self.monitor.rows[-1].step:
+                break
+            row.loss, waiting = self._losses, True
         if waiting:
-            for row in waiting:
-                row.loss = self._losses
             self._losses = None
 
     def apply(self, decision: Decision) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import math
 import re
@@ -60,7 +61,8 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
     }
     last = {step.optimizer: step.total_norm for step in record.window}
     if len(last) > 1:
-        values |= {f"total_norm/optimizer{number}": norm for number, norm in last.items()}
+        # not under total_norm/: where a metric is a file, as in MLflow's file store, it cannot be a folder too
+        values |= {f"optimizer{number}/total_norm": norm for number, norm in last.items()}
     return _finite({f"{PREFIX}/{name}": value for name, value in values.items()})
 
 
@@ -87,30 +89,54 @@ def worst_layers(layers: Iterable[LayerStats], count: int) -> list[str]:
     return [layer.name for layer in known if layer in chosen]
 
 
-def layout() -> dict[str, dict[str, list[Any]]]:
-    """The charts of TensorBoard's Custom Scalars panel; tags are regexes matched from the start.
+def tags(names: Sequence[str]) -> dict[str, str]:
+    """Names of layers as every logger takes them: ASCII letters, digits, `_`, `.` and `-`, and no two alike.
 
     Example:
-        >>> sorted(layout())
-        ['Grad Health', 'Grad Health: layers']
+        >>> tags(["net.0", "net/ü", "net/ö"])
+        {'net.0': 'net.0', 'net/ü': 'net__', 'net/ö': 'net__-2'}
+    """
+    taken: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII) or "_"
+        tag, number = plain, 1
+        while tag in taken:
+            number += 1
+            tag = f"{plain}-{number}"
+        taken[tag] = name
+    return {name: tag for tag, name in taken.items()}
+
+
+def layout(layers: bool = True) -> dict[str, dict[str, list[Any]]]:
+    """The charts of TensorBoard's Custom Scalars panel, the verdict first.
+
+    Args:
+        layers: Whether there are scalars of single layers to show.
+
+    Example:
+        >>> list(layout()), list(layout(layers=False))
+        (['Grad Health', 'Grad Health: layers'], ['Grad Health'])
     """
 
-    def chart(*names: str) -> list[Any]:
-        return ["Multiline", [f"{re.escape(f'{PREFIX}/{name}')}$" for name in names]]
+    def chart(*patterns: str) -> list[Any]:
+        # regexes, matched from the start of a tag, where a logger's own prefix may stand
+        return ["Multiline", [f"(.*-)?{PREFIX}/{pattern}$" for pattern in patterns]]
 
-    return {
+    charts = {
         "Grad Health": {
-            "Gradient norm: last step, largest of the window": chart("total_norm", "total_norm_max"),
-            "Gain per layer of the backward signal (1 is ideal)": chart("gain_per_layer"),
-            "Norm ratio: smallest and largest layer (log scale)": chart("norm_ratio_min", "norm_ratio_max"),
-            "Update / weight, median layer (1e-3 is usual)": chart("update_to_weight"),
-            "Active findings, and steps with NaN or Inf": chart("findings", "non_finite_steps"),
+            "Active findings (0: healthy)": chart("findings"),
+            "Gain per layer, backwards (1: ideal)": chart("gain_per_layer"),
+            "Largest gradient norm (log scale)": chart("total_norm_max"),
+            "Update / weight (log scale, 1e-3: usual)": chart("update_to_weight"),
+            "Norm ratio, min and max layer (log scale)": chart("norm_ratio_min", "norm_ratio_max"),
+            "Steps with NaN or Inf": chart("non_finite_steps"),
         },
         "Grad Health: layers": {
-            title: ["Multiline", [f"{PREFIX}/layers/{metric}/.*"]]
-            for title, metric in (("Gradient norm", "grad_norm"), ("Update / weight", "update_to_weight"))
+            "Gradient norm, a line a layer (log scale)": chart("layers/grad_norm/.*"),
+            "Update / weight, a line a layer (log scale)": chart("layers/update_to_weight/.*"),
         },
     }
+    return charts if layers else {"Grad Health": charts["Grad Health"]}
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
@@ -123,8 +149,14 @@ def findings_text(findings: Sequence[Finding]) -> str:
     rows = ["| condition | severity | where | since step | what | remedy |", "|---|---|---|---|---|---|"]
     for f in findings:
         cells = (f.condition, f.severity, f.where, f.first_step, f.summary, f.remedy)
-        rows.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        rows.append(f"| {' | '.join(_markdown(str(cell)) for cell in cells)} |")
     return "\n".join(rows)
+
+
+def _markdown(text: str) -> str:
+    """Markdown that shows `text` as it is in one cell of a table, whatever a layer is called."""
+    line = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", line)
 
 
 class LoggerSink:
@@ -144,7 +176,7 @@ class LoggerSink:
 
     def __init__(self, log_layers: LogLayers = "auto") -> None:
         self._count = check_log_layers(log_layers)
-        self._layers: list[str] | None = None
+        self._tags: dict[str, str] | None = None
         self._failed: set[int] = set()
         self._with_layout: set[int] = set()
         self._told: dict[int, list[Finding]] = {}
@@ -178,15 +210,15 @@ class LoggerSink:
     def _layer_scalars(self, record: StepRecord) -> dict[str, float]:
         if self._count == 0:
             return {}
-        if self._layers is None:
+        if self._tags is None:
             count = len(record.layers) if self._count is None else self._count
-            self._layers = worst_layers(record.layers, count)
-        chosen = {layer.name: layer for layer in record.layers if layer.name in self._layers}
+            self._tags = tags(worst_layers(record.layers, count))
         return _finite(
             {
-                f"{PREFIX}/layers/{metric}/{_tag(name)}": getattr(layer, metric)
+                f"{PREFIX}/layers/{metric}/{self._tags[layer.name]}": getattr(layer, metric)
                 for metric in LAYER_METRICS
-                for name, layer in chosen.items()
+                for layer in record.layers
+                if layer.name in self._tags
             }
         )
 
@@ -195,7 +227,7 @@ class LoggerSink:
         writer = logger.experiment
         if id(logger) not in self._with_layout:
             self._with_layout.add(id(logger))
-            writer.add_custom_scalars(layout())
+            writer.add_custom_scalars(layout(layers=self._count != 0))
         known = [(f.condition, f.severity) for f in self._told.get(id(logger), [])]
         if any((f.condition, f.severity) not in known for f in findings):
             self._told[id(logger)] = list(findings)
@@ -205,8 +237,3 @@ class LoggerSink:
 def _is_tensorboard(logger: Any) -> bool:
     """Of either package, `lightning` or `pytorch_lightning`."""
     return any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__)
-
-
-def _tag(name: str) -> str:
-    """A layer name with only the characters that every logger takes."""
-    return re.sub(r"[^\w./ -]", "_", name)

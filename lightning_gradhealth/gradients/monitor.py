@@ -146,17 +146,22 @@ class GradientMonitor:
         groups: list[int] = []
         slots: list[int] = []
         gradients: list[Tensor] = []
+        number, slot_of = self.index_of(optimizer), self.layout.slot_of
         for group_number, group in enumerate(optimizer.param_groups):
-            for parameter in group["params"]:
-                slot = self._slot_of(parameter, f"optimizer{self.index_of(optimizer)}.{len(owned)}")
+            parameters = group["params"]
+            groups += [group_number] * len(parameters)
+            for parameter in parameters:
+                slot = slot_of.get(id(parameter))
+                if slot is None:
+                    slot = self._find_slot(parameter, f"optimizer{number}.{len(owned)}")
                 owned.append(slot)
-                groups.append(group_number)
-                if parameter.grad is not None:
+                gradient = parameter.grad
+                if gradient is not None:
                     slots.append(slot)
-                    gradients.append(parameter.grad)
+                    gradients.append(gradient)
                 elif parameter.requires_grad and slot not in self._had_grad:
                     self._without_grad[slot] = self._without_grad.get(slot, 0) + 1
-        number, pattern = self.index_of(optimizer), tuple(slots)
+        pattern = tuple(slots)
         if self._pattern.get(number) != pattern:
             for gradient, slot in zip(gradients, slots, strict=True):
                 if is_sharded(gradient) or is_sharded(self.layout.slots[slot].parameter):
@@ -170,11 +175,10 @@ class GradientMonitor:
                 self._without_grad.pop(slot, None)
         return tuple(owned), tuple(groups), self._pattern[number], gradients
 
-    def _slot_of(self, parameter: nn.Parameter, fallback: str) -> int:
+    def _find_slot(self, parameter: nn.Parameter, fallback: str) -> int:
+        """The slot of a parameter that the model has gained, or that only the optimizer knows."""
+        self.layout.refresh()
         slot = self.layout.slot_of.get(id(parameter))
-        if slot is None:
-            self.layout.refresh()
-            slot = self.layout.slot_of.get(id(parameter))
         return self.layout.adopt(parameter, fallback) if slot is None else slot
 
     @torch.no_grad()

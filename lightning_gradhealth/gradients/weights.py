@@ -40,7 +40,7 @@ def _top_rows(gradient: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         gradient = gradient.coalesce()
         peaks = _row_norms(gradient.values())
         top = torch.topk(peaks, min(rows, peaks.numel()))
-        return gradient.indices()[0][top.indices], (top.values > 0).double()
+        return gradient.indices().select(0, 0).index_select(0, top.indices), (top.values > 0).double()
     top = torch.topk(_row_norms(gradient), min(rows, gradient.shape[0]))
     return top.indices, (top.values > 0).double()
 
@@ -75,7 +75,7 @@ class Sampler:
         parameter = self._parameter.detach()
         if self._rows is not None:
             rows, touched = self._rows
-            picked = parameter[rows] * touched.to(parameter.dtype)[:, None]
+            picked = parameter.index_select(0, rows) * touched.to(parameter.dtype).unsqueeze(1)
         else:
             picked = parameter if self._indices is None else torch.take(parameter, self._indices)
         dtype = torch.float32 if picked.device.type == "mps" else torch.float64

@@ -12,8 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_gradhealth.init.checks import one_of, positive
 from lightning_gradhealth.init.fans import MODES, Fans, shape_fans
-from lightning_gradhealth.init.gains import Nonlinearity
-from lightning_gradhealth.init.gains import gain as gain_of
+from lightning_gradhealth.init.gains import Nonlinearity, gain as gain_of
 from lightning_gradhealth.sharding import is_sharded
 
 if TYPE_CHECKING:

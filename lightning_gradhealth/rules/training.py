@@ -40,7 +40,7 @@ class OversizedUpdates(Rule):
         return Verdict(
             severity=Severity.CRITICAL if at_once else Severity.WARNING,
             summary=f"one step changes the weights of {len(hit)} of {len(chain)} layers by {size:.2g} of their size",
-            remedy="divide the learning rate by 10 or more, and warm it up: healthy updates are near 1e-3 of the weights",
+            remedy="divide the learning rate by 10 or more, and warm it up: near 1e-3 of the weights is usual",
             layers=tuple(hit),
             evidence={
                 "update_to_weight_median": size,
@@ -192,8 +192,8 @@ class CollapsingWeights(_WeightDrift):
 class LossSpike(Rule):
     """A loss far above the recent ones.
 
-    It must be so by every one of three measures, and besides either above the run's first loss, so that all
-    learning is undone, or far out on a logarithmic scale: near convergence the losses of single batches spread
+    It must be so by every one of three measures, and besides either above all of the run's first losses, so that
+    all learning is undone, or far out on a logarithmic scale: near convergence the losses of single batches spread
     over orders of magnitude, and a hard batch is no spike.
     """
 
@@ -209,11 +209,11 @@ class LossSpike(Rule):
         for step, loss in losses:
             if math.isnan(loss):
                 continue
-            start = self.memory.setdefault("start", loss)
-            if len(recent) >= self.thresholds.growth_window and self._is_spike(loss, recent, start):
-                usual = median(recent)
-                if worst is None or loss > worst[0]:
-                    worst = loss, step, usual
+            early: list[float] = self.memory.setdefault("early", [])
+            if len(early) < self.thresholds.growth_window:
+                keep_last(early, loss, self.thresholds.growth_window)
+            elif self._is_spike(loss, recent, max(early)) and (worst is None or loss > worst[0]):
+                worst = loss, step, median(recent)
             keep_last(recent, loss, self.thresholds.time_window)
         if worst is None:
             return None

@@ -1,0 +1,427 @@
+"""GradHealth in real Trainer fits: what it finds, what it survives, what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import Classifier, batches, mlp, trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, TQDMProgressBar
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
+
+from lightning_gradhealth import Condition, GradHealth, Severity, Thresholds, init_weights
+
+
+def fit(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    run = trainer(*callbacks, **{"max_steps": 23, **options})
+    run.fit(module, batches())
+    return run
+
+
+# --- what it finds ---
+
+
+def test_a_healthy_run_has_no_finding() -> None:
+    health, module = GradHealth(), Classifier(mlp(6), torch.optim.Adam, lr=1e-3)
+    init_weights(module, scheme="he", seed=0)
+    fit(module, health, max_steps=200)
+    report = health.report()
+    assert report.healthy
+    assert not report.findings
+    assert (report.step, report.steps) == (199, 200)
+    assert [layer.name for layer in report.layers] == ["net.0", "net.2", "net.4", "net.6", "net.8", "net.10"]
+    for layer in report.layers:
+        assert None not in (layer.grad_norm, layer.norm_ratio, layer.weight_norm, layer.update_to_weight)
+
+
+def test_vanishing_is_found_and_cured() -> None:
+    sick = GradHealth()
+    fit(Classifier(mlp(24), torch.optim.Adam, lr=1e-3), sick)
+    assert Condition.VANISHING_GRADIENTS in sick.report().conditions
+    cured, module = GradHealth(), Classifier(mlp(24), torch.optim.Adam, lr=1e-3)
+    init_weights(module, scheme="he", seed=0)
+    fit(module, cured)
+    assert cured.report().healthy
+
+
+class Poisoned(Classifier):
+    """One bad batch, or an exception, at a given step."""
+
+    def __init__(self, nan_at: int = -1, raise_at: int = -1, error: type[BaseException] = RuntimeError) -> None:
+        super().__init__()
+        self.nan_at, self.raise_at, self.error = nan_at, raise_at, error
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.global_step == self.raise_at:
+            raise self.error("stop here")
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.global_step == self.nan_at else loss
+
+
+def test_a_nan_batch_is_dated_exactly() -> None:
+    health = GradHealth()
+    fit(Poisoned(nan_at=13), health)
+    (finding,) = [f for f in health.report().findings if f.condition == Condition.NON_FINITE]
+    assert (finding.first_step, finding.severity) == (13, Severity.CRITICAL)
+    assert health.report().non_finite_steps == 10
+
+
+def test_unused_layers_and_frozen_ones() -> None:
+    module, health = Classifier(mlp(4)), GradHealth()
+    module.unused = nn.Linear(3, 3)
+    for parameter in module.net[0].parameters():
+        parameter.requires_grad_(False)
+    fit(module, health, max_steps=30)
+    report = health.report()
+    assert report.conditions == {Condition.NO_GRADIENT}
+    assert report.findings[0].layers == ("unused",)
+    assert [layer.name for layer in report.layers if layer.frozen] == ["net.0"]
+
+
+class Backbone(Classifier):
+    def __init__(self) -> None:
+        super().__init__(mlp(6))
+        self.backbone, self.head = self.net[:8], self.net[8:]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=0.05)
+
+
+def test_a_finetuning_callback_that_unfreezes_later() -> None:
+    health = GradHealth(probe_every_n_steps=2)
+    fit(
+        Backbone(), health, BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False, train_bn=True), max_steps=40
+    )
+    report = health.report()
+    assert report.healthy
+    assert not any(layer.frozen for layer in report.layers)
+    assert all(layer.grad_norm for layer in report.layers)
+
+
+# --- x values, accumulation, losses ---
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_steps_are_the_loggers_x_and_losses_are_whole(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    health = GradHealth()
+    monkeypatch.setattr(health, "_log", lambda trainer, record: seen.append(record))
+    module = Classifier()
+    losses: list[Tensor] = []
+    step = Classifier.training_step
+    monkeypatch.setattr(
+        Classifier,
+        "training_step",
+        lambda *a: losses.append(step(*a)) or losses[-1],  # type: ignore[func-returns-value]
+    )
+    run = fit(module, health, max_steps=23, accumulate_grad_batches=accumulate)
+    assert [record.step for record in seen] == [4, 9, 14, 19, 22]  # the last one at the end of the fit
+    window = [s for record in seen for s in record.window]
+    assert window[-1].step == run.global_step - 1
+    got = {s.step: s.loss for s in window}
+    for x, loss in got.items():
+        micro = losses[x * accumulate : (x + 1) * accumulate]
+        if len(micro) == accumulate and 8 % accumulate == 0:
+            assert loss == pytest.approx(sum(m.item() for m in micro) / accumulate, rel=1e-6)
+    assert None not in got.values()
+
+
+class Manual(Classifier):
+    """Manual optimization, with a loss that only the log knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        self.log("my_loss", loss)
+
+
+@pytest.mark.parametrize("key", [None, "my_loss"])
+def test_manual_optimization(key: str | None) -> None:
+    health = GradHealth(loss_key=key)
+    fit(Manual(), health)
+    assert health.report().steps == 23
+    assert ("loss: unavailable" in health.report().notes) == (key is None)
+
+
+# --- what it survives ---
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_dies_at_step_7_has_its_report(error: type[BaseException]) -> None:
+    module, health = Poisoned(raise_at=7, error=error), GradHealth()
+    module.net = mlp(24)
+    with pytest.raises((error, SystemExit)):  # Lightning turns Ctrl-C into an exit
+        fit(module, health, log_every_n_steps=50)
+    report = health.report()
+    assert (report.step, report.steps) == (6, 7)
+    assert Condition.VANISHING_GRADIENTS in report.conditions
+    assert not any(module._forward_pre_hooks for module in module.modules())
+
+
+def test_the_partial_window_is_told_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    fit(Classifier(mlp(24)), GradHealth(), max_steps=7, log_every_n_steps=50)
+    assert sum("vanishing_gradients" in record.message for record in caplog.records) == 1
+
+
+def test_findings_do_not_tear_the_progress_bar() -> None:
+    bar = TQDMProgressBar()
+    lines: list[str] = []
+    bar.print = lambda *parts, **_: lines.append(" ".join(map(str, parts)))  # type: ignore[method-assign]
+    fit(Classifier(mlp(24)), GradHealth(), bar, enable_progress_bar=True)
+    assert sum("vanishing_gradients" in line for line in lines) == 1
+
+
+class Failing(GradHealth):
+    """Fails in its own code at the third step."""
+
+    def _log(self, trainer: pl.Trainer, record: Any) -> None:
+        raise OSError("no space left on device")
+
+
+def test_its_own_failure_is_told_once_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    health = Failing()
+    run = fit(Classifier(), health)
+    assert run.global_step == 23
+    told = [record for record in caplog.records if "steps aside" in record.message]
+    assert len(told) == 1
+    assert "no space left on device" in told[0].message
+    assert "GradHealth stepped aside: OSError: no space left on device" in health.report().notes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fast_dev_run": True},
+        {"fast_dev_run": 3},
+        {"barebones": True, "enable_progress_bar": None, "log_every_n_steps": None, "enable_model_summary": None},
+        {"logger": False},
+        {"log_every_n_steps": 1},
+        {"log_every_n_steps": 10_000},
+        {"num_sanity_val_steps": 2},
+        {"precision": "bf16-true"},
+        {"overfit_batches": 1},
+        {"limit_train_batches": 2},
+        {"max_steps": 0},
+    ],
+    ids=str,
+)
+def test_trainer_options(options: dict[str, Any]) -> None:
+    health, module = GradHealth(), Classifier()
+    module.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    run = trainer(health, **{"max_steps": 12, **options})
+    run.fit(module, batches(), batches(samples=16))
+    report = health.report()
+    assert report.steps == run.global_step
+    assert not any("aside" in note for note in report.notes)
+    assert report.healthy
+
+
+def test_a_step_without_a_loss() -> None:
+    class Skips(Classifier):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+            return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+    health = GradHealth()
+    fit(Skips(), health, max_epochs=3, max_steps=-1)
+    assert not any("aside" in note for note in health.report().notes)
+    assert health.report().healthy
+
+
+def test_fit_twice_is_two_runs_or_one_that_goes_on() -> None:
+    health, module = GradHealth(), Classifier()
+    run = trainer(health, max_epochs=1)
+    run.fit(module, batches())
+    assert (health.report().step, health.report().steps) == (7, 8)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, batches())
+    assert (health.report().step, health.report().steps) == (15, 8)
+    fit(Classifier(mlp(2)), health, max_steps=3)
+    assert [layer.name for layer in health.report().layers] == ["net.0", "net.2"]
+
+
+def test_validation_and_test_leave_the_report_alone() -> None:
+    health, module = GradHealth(), Classifier()
+    module.test_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    run = fit(module, health)
+    before = health.report()
+    run.test(module, batches(), verbose=False)
+    assert health.report() == before
+
+
+def test_the_tuner_and_a_fit_after_it(tmp_path: Path) -> None:
+    class Tunable(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lr = 0.01
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    health, module = GradHealth(), Tunable()
+    run = trainer(health, max_steps=16, default_root_dir=tmp_path)
+    Tuner(run).lr_find(module, batches(), num_training=12, update_attr=False)
+    run.fit(module, batches())
+    assert health.report().steps == 16
+    assert not any("aside" in note for note in health.report().notes)
+    assert not any(m._forward_pre_hooks for m in module.modules())
+
+
+def test_compiled_models_keep_their_names_and_say_what_is_hidden() -> None:
+    module = Classifier()
+    module.net = torch.compile(module.net, backend="eager")
+    health = GradHealth()
+    fit(module, health)
+    report = health.report()
+    assert [layer.name for layer in report.layers] == ["net.0", "net.2", "net.4", "net.6"]
+    assert any("registration order" in note for note in report.notes)
+
+
+def test_several_instances_and_a_checkpoint_of_both(tmp_path: Path) -> None:
+    fine, coarse = GradHealth(layers="parameter"), GradHealth(layers=1)
+    run = fit(Classifier(), fine, coarse)
+    assert len(fine.report().layers) == 8
+    assert len(coarse.report().layers) == 1
+    run.save_checkpoint(tmp_path / "both.ckpt")
+    state = torch.load(tmp_path / "both.ckpt", weights_only=True)
+    assert {fine.state_key, coarse.state_key} <= set(state["callbacks"])
+
+
+def test_pickling_leaves_the_process_behind() -> None:
+    health = GradHealth(ignore="loss_spike", thresholds=Thresholds(time_ratio=10.0))
+    fit(Classifier(), health)
+    for other in (pickle.loads(pickle.dumps(health)), copy.deepcopy(health)):
+        assert other.thresholds == health.thresholds
+        assert other.ignore == {"loss_spike": ".*"}
+        assert "nothing was observed" in other.report().notes[0]
+        fit(Classifier(), other)
+        assert other.report().steps == 23
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """Gradients are reduced before they are seen: both ranks record the same norms, on different data."""
+    health = GradHealth()
+    run = trainer(health, Ranks(tmp_path), max_steps=12, devices=2, strategy="ddp_spawn", use_distributed_sampler=True)
+    run.fit(Classifier(), batches())
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["norms"] == second["norms"]
+    assert first["loss"] != second["loss"]
+    assert first["steps"] == second["steps"] == 12
+    assert "nothing was observed in this process" in health.report().notes[0]  # worker state never returns
+
+
+class Ranks(pl.Callback):
+    """Writes what each rank has seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        (health,) = [c for c in trainer.callbacks if isinstance(c, GradHealth)]
+        report = health.report()
+        (loss,) = {step.loss for step in health._session._last.window[-1:]}  # type: ignore[union-attr]
+        state = {"norms": [layer.grad_norm for layer in report.layers], "steps": report.steps, "loss": loss}
+        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_the_other_package_of_lightning() -> None:
+    import pytorch_lightning
+
+    class Module(pytorch_lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    health = GradHealth()
+    run = pytorch_lightning.Trainer(
+        max_steps=12,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[health],  # type: ignore[list-item]
+    )
+    run.fit(Module(), batches())
+    assert health.report().steps == 12
+    assert health.report().healthy
+
+
+def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train"])
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        """
+seed_everything: false
+trainer:
+  accelerator: cpu
+  max_steps: 8
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_gradhealth.GradHealth
+      init_args:
+        probe_every_n_steps: 3
+        layers: [net]
+        log_layers: 4
+        ignore: {loss_spike: ".*"}
+        thresholds: {time_ratio: 500.0}
+        rules:
+          - class_path: lightning_gradhealth.rules.training.LossSpike
+"""
+    )
+    cli = LightningCLI(Classifier, args=["--config", str(config)], run=False, save_config_callback=None)
+    (health,) = [c for c in cli.trainer.callbacks if isinstance(c, GradHealth)]
+    assert health.thresholds.time_ratio == 500.0
+    cli.trainer.fit(cli.model, batches())
+    assert health.report().steps == 8
+
+
+# --- what it refuses ---
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"probe_every_n_steps": 0},
+            ValueError,
+            "probe_every_n_steps must be >= 1, got 0; leave it out to follow the Trainer",
+        ),
+        ({"probe_every_n_steps": 2.5}, TypeError, "probe_every_n_steps must be an int or None, got 2.5; leave it out"),
+        ({"layers": 0}, ValueError, "layers as a depth must be >= 1, got 0"),
+        ({"log_layers": -1}, ValueError, r'log_layers must be "auto" .* got -1'),
+        ({"log_layers": "all"}, ValueError, r'log_layers must be "auto" .* got \'all\''),
+        ({"rules": ["vanishing"]}, TypeError, "rules must be instances of subclasses of Rule .* got 'vanishing'"),
+        ({"ignore": "dead_unit"}, ValueError, "ignore: 'dead_unit' is no condition; the conditions are collapsing_w"),
+        ({"ignore": {"loss_spike": "["}}, ValueError, r"ignore: '\[' is not a valid regular expression"),
+        ({"thresholds": {"time_ratio": 3}}, TypeError, "thresholds must be a Thresholds, got .*; e.g. Thresholds"),
+        ({"loss_key": 3}, TypeError, "loss_key must be the name of a logged metric or None, got 3"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        GradHealth(**options)

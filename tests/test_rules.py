@@ -1,0 +1,424 @@
+"""Rules: each finds its illness with the numbers that define it, and lets the healthy neighbour pass."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given, settings
+
+from lightning_gradhealth import Condition, Finding, LayerStats, Rule, Severity, StepRecord, StepStats, Thresholds
+from lightning_gradhealth.judgement import Judgement
+from lightning_gradhealth.rules import Verdict, default_rules
+
+THRESHOLDS = Thresholds()
+
+
+def judged(records: Iterable[StepRecord]) -> dict[str, Finding]:
+    """What the default rules make of records."""
+    judgement = Judgement(default_rules(THRESHOLDS), {})
+    for record in records:
+        judgement.add(record)
+    return judgement.findings
+
+
+def chain(rms: Sequence[float], step: int = 0, **window: float) -> StepRecord:
+    """A probed record of layers with these bias gradients."""
+    layers = tuple(
+        LayerStats(f"l{i}", numel=4, grad_norm=2 * value, bias_grad_rms=value, norm_ratio=1.0, optimizer=0)
+        for i, value in enumerate(rms)
+    )
+    return StepRecord(step=step, layers=layers, probed=True, window=(StepStats(step, total_norm=1.0, **window),))
+
+
+def geometric(gain: float, depth: int) -> list[float]:
+    return [gain ** (depth - 1 - i) for i in range(depth)]
+
+
+def steps(norms: Sequence[float | None], losses: Sequence[float | None] | None = None, rate: float = 0.1) -> StepRecord:
+    """One record of many steps."""
+    losses = losses or [None] * len(norms)
+    window = tuple(
+        StepStats(
+            i, total_norm=norm, loss=loss, learning_rate=rate, non_finite=norm is not None and not math.isfinite(norm)
+        )
+        for i, (norm, loss) in enumerate(zip(norms, losses, strict=True))
+    )
+    return StepRecord(step=len(norms) - 1, window=window)
+
+
+def probes(updates: Sequence[Sequence[float | None]], every: int = 10, rates: Sequence[float] = ()) -> list[StepRecord]:
+    """Probed records of the layers' update/weight."""
+    return [
+        StepRecord(
+            step=i * every,
+            probed=True,
+            layers=tuple(
+                LayerStats(
+                    f"l{j}",
+                    update_to_weight=value,
+                    optimizer=0,
+                    learning_rate=rates[j] if rates else 0.1,
+                    grad_norm=1.0,
+                )
+                for j, value in enumerate(row)
+            ),
+            window=(StepStats(i * every, total_norm=1.0),),
+        )
+        for i, row in enumerate(updates)
+    ]
+
+
+def weights(norms: Sequence[float], every: int = 20) -> list[StepRecord]:
+    return [
+        StepRecord(
+            step=i * every,
+            probed=True,
+            layers=(LayerStats("w", weight_norm=norm, grad_norm=1.0, optimizer=0),),
+            window=(StepStats(i * every, total_norm=1.0),),
+        )
+        for i, norm in enumerate(norms)
+    ]
+
+
+# --- over depth ---
+
+
+@pytest.mark.parametrize(
+    ("gain", "depth", "condition"),
+    [
+        (0.5, 20, Condition.VANISHING_GRADIENTS),
+        (0.4, 30, Condition.VANISHING_GRADIENTS),
+        (2.0, 20, Condition.EXPLODING_GRADIENTS),
+        (1.2, 20, None),  # 38 in all
+        (0.077, 3, None),  # too few layers to have a depth
+        (0.9, 30, None),
+        (1.0, 100, None),
+        (0.85, 30, None),
+        (0.7, 50, Condition.VANISHING_GRADIENTS),
+    ],
+)
+def test_depth(gain: float, depth: int, condition: Condition | None) -> None:
+    found = judged(chain(geometric(gain, depth), step) for step in (0, 1))
+    assert set(found) == ({condition} if condition else set())
+    if condition:
+        finding = found[condition]
+        assert finding.evidence["fitted_gain"] == pytest.approx(gain)
+        assert finding.first_step == 0
+        assert "l0" in finding.layers
+        assert f"l{depth - 1}" not in finding.layers
+
+
+def test_depth_takes_two_probes_and_both_measures() -> None:
+    assert not judged([chain(geometric(0.4, 30))])
+    odd = [1e-9, *[1.0] * 19]
+    assert not judged(chain(odd, step) for step in range(5))  # one odd layer at the end is no depth
+    cliff = [1e-9] * 5 + [1.0] * 15
+    found = judged(chain(cliff, step) for step in range(2))
+    assert set(found) == {Condition.VANISHING_GRADIENTS}
+
+
+def test_convergence_shrinks_all_alike_and_is_healthy() -> None:
+    records = []
+    for step in range(300):
+        scale = math.exp(-step / 15)
+        record = chain([scale * (1 + 0.3 * math.sin(i + step)) for i in range(12)], step)
+        window = (StepStats(step, total_norm=scale, loss=scale),)
+        records.append(StepRecord(step=step, layers=record.layers, probed=True, window=window))
+    assert not judged(records)
+
+
+def test_a_dead_half_is_vanishing_and_nothing_everywhere_is_not() -> None:
+    assert Condition.VANISHING_GRADIENTS in judged(chain([0.0] * 6 + [1.0] * 6, step) for step in range(2))
+    assert not judged(chain([0.0] * 12, step) for step in range(3))
+
+
+def test_nan_over_depth_is_no_verdict() -> None:
+    assert not judged(chain([math.nan, *geometric(0.4, 30)], step) for step in range(5))
+
+
+def test_hysteresis_over_depth() -> None:
+    rules = default_rules(THRESHOLDS)
+    judgement = Judgement(rules, {})
+    for step in range(2):
+        judgement.add(chain(geometric(0.6, 20), step))
+    assert judgement.active == 1
+    judgement.add(chain(geometric(0.68, 20), 2))  # above the threshold, but not by ten times
+    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 2
+    for step in range(3, 3 + THRESHOLDS.release):
+        assert judgement.active == 1
+        judgement.add(chain(geometric(0.95, 20), step))
+    assert judgement.active == 0
+    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 2
+
+
+# --- over time ---
+
+
+def test_exploding_in_time_names_the_step() -> None:
+    norms = [1.0 + 0.5 * math.sin(i) for i in range(50)]
+    found = judged([steps([*norms, 5e3, 1.0])])
+    assert found[Condition.EXPLODING_GRADIENTS].first_step == 50
+    assert not judged([steps([*norms, 40.0, 1.0])])
+
+
+def test_nan_does_not_blind_the_running_median() -> None:
+    norms: list[float | None] = [1.0] * 30
+    norms[10:20] = [math.nan, math.inf] * 5
+    assert judged([steps([*norms, 5e3])])[Condition.EXPLODING_GRADIENTS].first_step == 30
+
+
+def test_a_hard_batch_after_convergence_is_no_explosion() -> None:
+    norms = [10 * math.exp(-i / 10) + 1e-4 for i in range(300)]
+    assert not judged([steps([*norms, 5.0])])
+
+
+def test_gradients_that_die_while_the_loss_stays() -> None:
+    norms = [1.0] * 30 + [1e-7] * 300
+    window = [steps(norms[i : i + 30], [2.3] * 30) for i in range(0, 330, 30)]
+    records = [
+        StepRecord(
+            step=30 * i + 29,
+            window=tuple(StepStats(s.step + 30 * i, total_norm=s.total_norm, loss=s.loss) for s in r.window),
+        )
+        for i, r in enumerate(window)
+    ]
+    assert Condition.VANISHING_GRADIENTS in judged(records)
+    learned = [
+        StepRecord(
+            step=r.step,
+            window=tuple(StepStats(s.step, total_norm=s.total_norm, loss=2.3 * (s.total_norm or 0)) for s in r.window),
+        )
+        for r in records
+    ]
+    assert not judged(learned)
+
+
+def test_non_finite_names_the_exact_step_and_place() -> None:
+    def record(hit: Sequence[int]) -> StepRecord:
+        layers = tuple(LayerStats(f"l{i}", non_finite=count, optimizer=0) for i, count in enumerate(hit))
+        window = tuple(StepStats(i, total_norm=math.nan if i >= 7 else 1.0, non_finite=i >= 7) for i in range(10))
+        return StepRecord(step=9, layers=layers, window=window)
+
+    finding = judged([record([3, 3, 3])])[Condition.NON_FINITE]
+    assert (finding.first_step, finding.severity, finding.layers) == (7, Severity.CRITICAL, ())
+    assert "origin unknown" in finding.summary
+    partial = judged([record([3, 3, 2])])[Condition.NON_FINITE]  # the third only one step later
+    assert partial.layers == ("l0", "l1")
+    loss_only = StepRecord(step=0, window=(StepStats(0, total_norm=1.0, loss=math.nan),))
+    assert judged([loss_only])[Condition.NON_FINITE].first_step == 0
+
+
+def test_no_gradient() -> None:
+    def record(count: int) -> StepRecord:
+        return StepRecord(
+            step=count - 1,
+            layers=(LayerStats("head", without_grad=("head.weight",), steps_without_grad=count, optimizer=0),),
+        )
+
+    assert not judged([record(19)])
+    assert judged([record(20)])[Condition.NO_GRADIENT].layers == ("head",)
+
+
+# --- updates and weights ---
+
+
+def test_oversized_updates() -> None:
+    at_once = judged(probes([[11.0, 5.0, 0.001]]))[Condition.OVERSIZED_UPDATES]
+    assert (at_once.severity, at_once.layers) == (Severity.CRITICAL, ("l0", "l1"))
+    assert not judged(probes([[11.0, 0.01, 0.01]]))  # one layer of three
+    assert not judged(probes([[0.3, 0.3], [0.01, 0.01], [0.01, 0.01]]))  # the first probe alone
+    assert not judged(probes([[0.3, 0.3], [0.3, 0.3], [0.01, 0.01]]))
+    assert judged(probes([[0.3] * 2] * 3))[Condition.OVERSIZED_UPDATES].severity is Severity.WARNING
+    assert not judged(probes([[0.05, 0.05]] * 10))
+    assert not judged(probes([[None, None]] * 10))  # zero weights: undefined, never alarmed on
+
+
+def test_stalled_layers() -> None:
+    found = judged(probes([[1e-8, 1e-3]] * 3))[Condition.STALLED_LAYERS]
+    assert (found.layers, found.severity, found.first_step) == (("l0",), Severity.WARNING, 0)
+    assert not judged(probes([[1e-8, 1e-3]] * 2))
+    assert not judged(probes([[1e-8, 1e-8]] * 5))  # all alike: a small rate, not a stalled layer
+    assert not judged(probes([[1e-8, 1e-3], [1e-4, 1e-3]] * 5))  # not in a row
+    noted = judged(probes([[1e-8, 1e-3]] * 3, rates=[1e-5, 0.1]))[Condition.STALLED_LAYERS]
+    assert noted.severity is Severity.INFO  # somebody wants it slow
+    zero = judged(probes([[0.0, 1e-3]] * 3, rates=[0.0, 0.1]))[Condition.STALLED_LAYERS]
+    assert zero.severity is Severity.WARNING
+
+
+@pytest.mark.parametrize(
+    ("norms", "condition"),
+    [
+        ([1, 2, 4, 8], Condition.GROWING_WEIGHTS),
+        ([1, 2, 3, 4, 5, 6], None),
+        ([0.001, 0.5, 1.2, 1.5, 1.6], None),  # from zero, slowing down
+        ([1, 1, 1, 1], None),
+        ([1, 0.5, 0.25, 0.12, 0.06], Condition.COLLAPSING_WEIGHTS),
+        ([1, 0.5, 0.25], None),  # not yet below a tenth
+        ([1, 0.9, 0.8, 0.7], None),
+        ([1, math.nan, 2, 4, 8], Condition.GROWING_WEIGHTS),
+    ],
+)
+def test_weight_drift(norms: Sequence[float], condition: Condition | None) -> None:
+    assert set(judged(weights(norms))) == ({condition} if condition else set())
+
+
+def test_windows_of_weights_are_at_least_twenty_steps() -> None:
+    assert not judged(weights([2.0**i for i in range(4)], every=5))
+    assert Condition.GROWING_WEIGHTS in judged(weights([2.0 ** (i / 4) for i in range(20)], every=5))
+
+
+# --- the loss ---
+
+
+def noisy(level: Callable[[int], float], count: int, noise: float = 0.05) -> list[float]:
+    source = random.Random(0)
+    return [level(i) * math.exp(noise * source.gauss(0, 1)) for i in range(count)]
+
+
+def test_loss_spike() -> None:
+    falling = noisy(lambda i: 2.3 * math.exp(-i / 50), 150)
+    ones = [1.0] * 151
+    found = judged([steps(ones, [*falling, 3.0])])[Condition.LOSS_SPIKE]
+    assert found.first_step == 150
+    assert not judged([steps(ones, [*falling, 0.3])])
+    blinded = [*falling[:100], math.nan, *falling[101:], 3.0]
+    assert judged([steps(ones, blinded)])[Condition.LOSS_SPIKE].first_step == 150
+
+
+def test_heavy_tails_near_convergence_are_no_spike() -> None:
+    losses = noisy(lambda i: 2.3 * math.exp(-i / 60) + 0.02, 400, noise=1.0)
+    assert not judged([steps([1.0] * 400, losses)])
+
+
+def test_stalled_loss() -> None:
+    def records(losses: Sequence[float], rate: Callable[[int], float] = lambda i: 0.1) -> list[StepRecord]:
+        return [
+            StepRecord(
+                step=i + 9,
+                window=tuple(
+                    StepStats(j, total_norm=1.0, loss=losses[j], learning_rate=rate(j)) for j in range(i, i + 10)
+                ),
+            )
+            for i in range(0, len(losses), 10)
+        ]
+
+    flat = noisy(lambda i: 2.3, 200)
+    assert set(judged(records(flat))) == {Condition.STALLED_LOSS}
+    assert not judged(records(flat[:100]))
+    assert not judged(records(noisy(lambda i: 2.3 * math.exp(-i / 300), 200)))
+    assert not judged(records(noisy(lambda i: 2.3 if i < 30 else 1.0, 600)))  # a plateau after learning
+    assert not judged(records(noisy(lambda i: 2.3, 200, noise=0.6)))  # noise is no verdict
+    assert not judged(records(flat, rate=lambda i: i * 1e-4))  # still warming up
+
+
+# --- patience, muting, merging, state ---
+
+
+class Every(Rule):
+    """Finds something wherever the test says so."""
+
+    condition = "every"
+    per_layer = True
+    patience = 2
+
+    def check(self, record: StepRecord) -> Verdict | None:
+        names = tuple(layer.name for layer in record.layers if layer.non_finite)
+        return Verdict("info", "it is there", "nothing", layers=names) if names else None
+
+
+def here(*names: str, step: int = 0) -> StepRecord:
+    return StepRecord(step=step, layers=tuple(LayerStats(n, non_finite=int(n in names)) for n in "abc"))
+
+
+def test_patience_counts_for_each_layer() -> None:
+    judgement = Judgement([Every()], {})
+    assert judgement.add(here("a", step=0)) == []
+    assert judgement.add(here("a", "b", step=1))[0].layers == ("a",)
+    assert judgement.add(here("b", step=2)) == []  # known already: said once
+    assert judgement.findings["every"].layers == ("a", "b")
+    assert (judgement.findings["every"].first_step, judgement.findings["every"].last_step) == (0, 2)
+
+
+def test_muting() -> None:
+    judgement = Judgement([Every()], {"every": "a|b"})
+    for step in range(2):
+        judgement.add(here("a", "b", "c", step=step))
+    assert judgement.findings["every"].layers == ("c",)
+    muted = Judgement(default_rules(THRESHOLDS), {"non_finite": ".*"})
+    muted.add(StepRecord(step=0, window=(StepStats(0, loss=math.nan),)))
+    assert muted.report(()).healthy
+
+
+class Broken(Rule):
+    condition = "broken"
+
+    def check(self, record: StepRecord) -> None:
+        raise ZeroDivisionError("oops")
+
+
+def test_a_broken_rule_steps_aside_once(caplog: pytest.LogCaptureFixture) -> None:
+    judgement = Judgement([Broken(), Every()], {})
+    for step in range(3):
+        judgement.add(here("a", step=step))
+    assert [record.message for record in caplog.records] == [
+        "the rule Broken failed and is left out from now on; training goes on"
+    ]
+    assert set(judgement.findings) == {"every"}
+
+
+def test_causes_stand_before_symptoms() -> None:
+    judgement = Judgement(default_rules(THRESHOLDS), {})
+    judgement.add(StepRecord(step=0, window=(StepStats(0, total_norm=math.nan, non_finite=True),)))
+    for record in probes([[5.0, 5.0]]):
+        judgement.add(record)
+    assert [finding.condition for finding in judgement.report(()).findings] == ["oversized_updates", "non_finite"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(cut=st.integers(0, 40), seed=st.integers(0, 5))
+def test_property_state_survives_anywhere(cut: int, seed: int) -> None:
+    source = random.Random(seed)
+    records = [
+        StepRecord(
+            step=i,
+            probed=True,
+            layers=tuple(
+                LayerStats(
+                    f"l{j}",
+                    bias_grad_rms=10 ** source.uniform(-8, 0),
+                    update_to_weight=10 ** source.uniform(-9, 1),
+                    weight_norm=2.0**i,
+                    optimizer=0,
+                )
+                for j in range(6)
+            ),
+            total_norm_max=1.0,
+            window=(StepStats(i, total_norm=10 ** source.uniform(-3, 5), loss=10 ** source.uniform(-1, 2)),),
+        )
+        for i in range(40)
+    ]
+    whole, first, second = (Judgement(default_rules(THRESHOLDS), {}) for _ in range(3))
+    for record in records:
+        whole.add(record)
+    for record in records[:cut]:
+        first.add(record)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for record in records[cut:]:
+        second.add(record)
+    assert second.report(()) == whole.report(())
+    left, right = second.state_dict(), whole.state_dict()
+    values = [state["history"].pop("values").nan_to_num(-1.0) for state in (left, right)]
+    assert values[0].equal(values[1])
+    assert left == right
+
+
+def test_wrong_thresholds() -> None:
+    with pytest.raises(
+        ValueError, match=r"Thresholds: time_ratio must be a number > 0, got -1; leave it out for 1000.0"
+    ):
+        Thresholds(time_ratio=-1)
