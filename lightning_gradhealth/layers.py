@@ -136,6 +136,12 @@ class Layout:
         model: Any module; DDP's wrapper is looked through.
         layers: How to group, see `check_layers`.
 
+    Attributes:
+        names: The layers, in registration order.
+        slots: The parameters, in registration order.
+        members: For each layer, its slots.
+        slot_of: Slot of each parameter, by its identity.
+
     Example:
         >>> layout = Layout(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
         >>> layout.names, [slot.name for slot in layout.slots]
@@ -147,7 +153,9 @@ class Layout:
         self.layers = check_layers(layers)
         self.names: list[str] = []
         self.slots: list[Slot] = []
+        self.members: list[list[int]] = []
         self.slot_of: dict[int, int] = {}
+        self._number: dict[str, int] = {}
         self._used: list[str] = []
         self._signal: list[int] | None = None
         self.refresh()
@@ -169,11 +177,14 @@ class Layout:
         return self.slot_of[id(parameter)]
 
     def _add(self, name: str, parameter: nn.Parameter, layer: str, owner: str, embedding: bool) -> None:
-        if layer not in self.names:
+        if layer not in self._number:
+            self._number[layer] = len(self.names)
             self.names.append(layer)
+            self.members.append([])
+        self.members[self._number[layer]].append(len(self.slots))
         is_bias = parameter.ndim == 1 and name.rpartition(".")[2].startswith(("bias", "in_proj_bias"))
         self.slot_of[id(parameter)] = len(self.slots)
-        self.slots.append(Slot(name, parameter, self.names.index(layer), owner, is_bias, embedding))
+        self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding))
         self._signal = None
 
     # --- order of first use ---

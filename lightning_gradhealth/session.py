@@ -164,7 +164,7 @@ class HealthSession:
             What is to be done, for `apply`.
 
         Raises:
-            RuntimeError: A gradient is only this rank's shard.
+            RuntimeError: A parameter is only this rank's shard.
         """
         self._settle_order()
         if len(self.monitor.rows) >= CAPACITY:

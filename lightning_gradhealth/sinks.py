@@ -178,8 +178,7 @@ class LoggerSink:
         self._count = check_log_layers(log_layers)
         self._tags: dict[str, str] | None = None
         self._failed: set[int] = set()
-        self._with_layout: set[int] = set()
-        self._told: dict[int, list[Finding]] = {}
+        self._told: dict[int, set[tuple[str, str]]] = {}
 
     def write(self, loggers: Iterable[Any], record: StepRecord, findings: Sequence[Finding], active: int) -> None:
         """Write one record by a single `log_metrics` call a logger.
@@ -225,12 +224,12 @@ class LoggerSink:
     def _write_panels(self, logger: Any, step: int, findings: Sequence[Finding]) -> None:
         """The layout once a writer, the findings whenever there is a new one."""
         writer = logger.experiment
-        if id(logger) not in self._with_layout:
-            self._with_layout.add(id(logger))
+        if id(logger) not in self._told:
+            self._told[id(logger)] = set()
             writer.add_custom_scalars(layout(layers=self._count != 0))
-        known = [(f.condition, f.severity) for f in self._told.get(id(logger), [])]
-        if any((f.condition, f.severity) not in known for f in findings):
-            self._told[id(logger)] = list(findings)
+        known = self._told[id(logger)]
+        if new := {(f.condition, f.severity) for f in findings} - known:
+            known |= new
             writer.add_text(f"{PREFIX}/findings", findings_text(findings), step)
 
 

@@ -199,11 +199,11 @@ def test_an_overflow_of_squares_alone_is_not_non_finite() -> None:
     assert monitor.flush().non_finite_steps == 1
 
 
-def test_sharded_gradients_are_refused_by_name() -> None:
+def test_sharded_parameters_are_refused_by_name() -> None:
     model = mlp()
     model[2].weight._fsdp_flattened = True
     backward(model)
-    with pytest.raises(RuntimeError, match=r"the gradient of '2.weight' is a shard of the whole.*use DDP"):
+    with pytest.raises(RuntimeError, match=r"'2.weight' is a shard of the whole.*use DDP"):
         GradientMonitor(model).observe(torch.optim.SGD(model.parameters(), lr=0.1))
 
 

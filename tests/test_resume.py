@@ -49,7 +49,7 @@ def same(left: Any, right: Any) -> bool:
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
     if isinstance(left, (list, tuple)):
         return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
-    return left == right or (left != left and right != right)
+    return repr(left) == repr(right)
 
 
 def fit(steps: int, every: int, *callbacks: pl.Callback, ckpt_path: Path | None = None, **options: Any) -> GradHealth:

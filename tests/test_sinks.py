@@ -167,12 +167,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         wandb.teardown()
 
 
-LOGGERS = [
-    pytest.param("csv"),
-    pytest.param("tensorboard"),
-    pytest.param("wandb", marks=pytest.mark.slow),
-    pytest.param("mlflow", marks=pytest.mark.slow),
-]
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 
 
 @pytest.fixture

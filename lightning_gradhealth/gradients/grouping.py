@@ -176,73 +176,72 @@ def make_record(layout: Layout, rows: Sequence[HostRow], without_grad: Mapping[i
                 learning_rate=max(rates, default=None),
             )
         )
-    return _with_layers(layout, rows, without_grad, window, peak, bad)
+    last = {row.row.optimizer: row for row in sorted(rows, key=lambda row: not row.skipped_by_scaler)}
+    probes = {row.row.optimizer: row for row in rows if row.probe is not None}
+    layers: dict[int, LayerStats] = {}
+    gains: list[float | None] = []
+    for number, row in last.items():
+        own = _layers_of(layout, row, probes.get(number), without_grad, peak, bad)
+        layers |= own
+        gains.append(fitted_gain([s.bias_grad_rms for s in own.values() if s.bias_grad_rms is not None]))
+    totals = [_total(row) for row in last.values() if len(row.norms) and not row.skipped_by_scaler]
+    finite = [s.total_norm for s in window if s.total_norm is not None and math.isfinite(s.total_norm)]
+    return StepRecord(
+        step=rows[-1].step,
+        total_norm=math.hypot(*totals) if totals else None,
+        total_norm_max=max(finite, default=None),
+        layers=tuple(layers.get(layer) or _idle(layout, layer) for layer in layout.order()),
+        window=tuple(window),
+        probed=bool(probes),
+        backward_gain=max((g for g in gains if g is not None), key=_distance_from_one, default=None),
+    )
 
 
 def _total(row: HostRow) -> float:
     return float(np.sqrt(np.sum(row.norms**2)))
 
 
-def _with_layers(
+def _distance_from_one(gain: float) -> float:
+    return abs(math.log(gain)) if 0.0 < gain < math.inf else math.inf
+
+
+def _layers_of(
     layout: Layout,
-    rows: Sequence[HostRow],
+    row: HostRow,
+    probed: HostRow | None,
     without_grad: Mapping[int, int],
-    window: list[StepStats],
     peak: Floats,
     bad: NDArray[np.int_],
-) -> StepRecord:
-    """Group the last step of every optimizer of the window into layers, and close the record."""
-    last = {row.row.optimizer: row for row in sorted(rows, key=lambda row: not row.skipped_by_scaler)}
-    probes = {row.row.optimizer: row for row in rows if row.probe is not None}
-    layers: dict[int, LayerStats] = {}
-    totals: list[float] = []
-    gains: list[float] = []
-    order = layout.order()
-    for number, row in last.items():
-        own = _Grouped(layout, row)
-        probe = probes.get(number)
-        ratios = own.weight_ratios(probe) if probe else {}
-        mine = [layer for layer in order if own.owned[layer]]
-        norm_ratio = norm_ratios([own.rms(layer) for layer in mine])
-        for layer, ratio in zip(mine, norm_ratio, strict=True):
-            missing = [slot for slot in own.owned[layer] if slot in without_grad]
-            layers[layer] = LayerStats(
-                name=layout.names[layer],
-                numel=own.numel(layer),
-                grad_norm=own.norm(layer),
-                grad_norm_max=float(peak[layer]) if own.present[layer] else None,
-                norm_ratio=ratio,
-                non_finite=int(bad[layer]),
-                bias_grad_rms=own.bias_rms(layer),
-                learning_rate=max((r for r in own.rates[layer] if r is not None), default=None),
-                frozen=not trainable(layout.slots[slot].parameter for slot in own.owned[layer]),
-                without_grad=tuple(layout.slots[slot].name for slot in missing),
-                steps_without_grad=max((without_grad[slot] for slot in missing), default=0),
-                optimizer=number,
-                **ratios.get(layer, {}),
-            )
-        if len(row.norms) and not row.skipped_by_scaler:
-            totals.append(_total(row))
-        biases = [rms for layer in mine if (rms := layers[layer].bias_grad_rms) is not None]
-        if (gain := fitted_gain(biases)) is not None:
-            gains.append(gain)
-    finite = [s.total_norm for s in window if s.total_norm is not None and math.isfinite(s.total_norm)]
-    return StepRecord(
-        step=rows[-1].step,
-        total_norm=math.hypot(*totals) if totals else None,
-        total_norm_max=max(finite, default=None),
-        layers=tuple(layers.get(layer) or _idle(layout, layer) for layer in order),
-        window=tuple(window),
-        probed=bool(probes),
-        backward_gain=max(
-            gains, key=lambda gain: abs(math.log(gain)) if 0 < gain < math.inf else math.inf, default=None
-        ),
-    )
+) -> dict[int, LayerStats]:
+    """The layers of one optimizer at its last step, in order of first use."""
+    own = _Grouped(layout, row)
+    weights = own.weight_ratios(probed) if probed else {}
+    mine = [layer for layer in layout.order() if own.owned[layer]]
+    ratios = norm_ratios([own.rms(layer) for layer in mine])
+    layers = {}
+    for layer, ratio in zip(mine, ratios, strict=True):
+        missing = [slot for slot in own.owned[layer] if slot in without_grad]
+        layers[layer] = LayerStats(
+            name=layout.names[layer],
+            numel=own.numel(layer),
+            grad_norm=own.norm(layer),
+            grad_norm_max=float(peak[layer]) if own.present[layer] else None,
+            norm_ratio=ratio,
+            non_finite=int(bad[layer]),
+            bias_grad_rms=own.bias_rms(layer),
+            learning_rate=max((rate for rate in own.rates[layer] if rate is not None), default=None),
+            frozen=not trainable(layout.slots[slot].parameter for slot in own.owned[layer]),
+            without_grad=tuple(layout.slots[slot].name for slot in missing),
+            steps_without_grad=max((without_grad[slot] for slot in missing), default=0),
+            optimizer=row.row.optimizer,
+            **weights.get(layer, {}),
+        )
+    return layers
 
 
 def _idle(layout: Layout, layer: int) -> LayerStats:
     """A layer that no optimizer stepped in the window."""
-    parameters = [slot.parameter for slot in layout.slots if slot.layer == layer]
+    parameters = [layout.slots[slot].parameter for slot in layout.members[layer]]
     return LayerStats(layout.names[layer], numel=sum(p.numel() for p in parameters), frozen=not trainable(parameters))
 
 
@@ -251,7 +250,6 @@ class _Grouped:
 
     def __init__(self, layout: Layout, row: HostRow) -> None:
         self._layout = layout
-        self._row = row
         self._value = dict(zip(row.row.slots, row.norms.tolist(), strict=True))
         self._signal = set(layout.signal_slots())
         self.owned: list[list[int]] = [[] for _ in layout.names]
@@ -284,19 +282,20 @@ class _Grouped:
         if probe is None or probed.weights is None or probed.sampled is None:
             return {}
         scale = np.asarray(probe.scale)
-        updates = np.full(len(scale), np.nan) if probed.updates is None else probed.updates
-        columns = np.stack([probed.weights**2, scale * probed.sampled**2, scale * updates**2])
+        change = np.full(len(scale), np.nan) if probed.updates is None else probed.updates
+        squares = (probed.weights**2, scale * probed.sampled**2, scale * change**2)
         layer_of = np.array([self._layout.slots[slot].layer for slot in probe.slots], dtype=int)
+        weights, samples, updates = (
+            np.sqrt(np.bincount(layer_of, column, len(self.owned))).tolist() for column in squares
+        )
         gradients = dict(zip(probed.row.slots, probed.norms.tolist(), strict=True))
         for layer in set(layer_of.tolist()):
-            weight, sampled, update = np.sqrt(columns[:, layer_of == layer].sum(axis=1)).tolist()
-            mine = [
-                gradients[slot] for slot in probe.slots if self._layout.slots[slot].layer == layer and slot in gradients
-            ]
+            gradient = math.hypot(*(gradients[slot] for slot in self.owned[layer] if slot in gradients))
+            weight, sample, update = weights[layer], samples[layer], updates[layer]
             result[layer] = {
                 "weight_norm": weight,
-                "grad_to_weight": math.hypot(*mine) / weight if mine and weight else None,
-                "update_to_weight": update / sampled if sampled and not math.isnan(update) else None,
+                "grad_to_weight": gradient / weight if weight else None,
+                "update_to_weight": update / sample if sample and not math.isnan(update) else None,
             }
         return result
 

@@ -117,7 +117,7 @@ class GradientMonitor:
             exact: False allows large tensors on a CPU to be summed in float32 blocks.
 
         Raises:
-            RuntimeError: A gradient is only this rank's shard.
+            RuntimeError: A parameter is only this rank's shard.
         """
         number = self.index_of(optimizer)
         owned, groups, slots, gradients = self._scan(optimizer)
@@ -163,11 +163,11 @@ class GradientMonitor:
                     self._without_grad[slot] = self._without_grad.get(slot, 0) + 1
         pattern = tuple(slots)
         if self._pattern.get(number) != pattern:
-            for gradient, slot in zip(gradients, slots, strict=True):
-                if is_sharded(gradient) or is_sharded(self.layout.slots[slot].parameter):
+            for watched in (self.layout.slots[slot] for slot in owned):
+                if is_sharded(watched.parameter):
                     raise RuntimeError(
-                        f"the gradient of {self.layout.slots[slot].name!r} is a shard of the whole; gradient norms"
-                        " under FSDP and tensor parallelism are not supported yet: use DDP or a single device"
+                        f"{watched.name!r} is a shard of the whole; gradient norms under FSDP and tensor parallelism are"
+                        " not supported yet: use DDP or a single device"
                     )
             self._pattern[number] = pattern
             self._had_grad.update(slots)

@@ -23,11 +23,15 @@ Draw = Callable[[Tensor, torch.Generator], object]
 
 
 class Owned(NamedTuple):
-    """A parameter, the module that owns it, and all its names: the first is its own, the others are ties."""
+    """A parameter, the module that owns it, and all its names: the first is its own, the others are ties.
+
+    `padding` is the row that an embedding, its owner or tied to it, never looks up for training.
+    """
 
     parameter: nn.Parameter
     module: nn.Module
     names: tuple[str, ...]
+    padding: int | None
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,6 @@ class InitContext:
         gain: float | None = None,
         block: str = "",
         rows: slice | None = None,
-        keep_row: int | None = None,
         note: str = "",
     ) -> None:
         """Draw a weight by the scheme: `std = gamma * gain / sqrt(fan)`.
@@ -123,7 +126,6 @@ class InitContext:
             gain: The gain; None: the call's. Give 1.0 where no activation follows.
             block: Name of the block, where `rows` is only a part.
             rows: The rows to draw.
-            keep_row: A row that keeps its values, such as an embedding's padding.
             note: Why, where it is not obvious.
 
         Raises:
@@ -134,6 +136,9 @@ class InitContext:
         gain = self.gain if gain is None else gain
         fan = choose_fan(_part(parameter, rows).shape, self.mode, fan_in, fan_out)
         std = scaled_std(gain, self.gamma, fan)
+        padding = self._owned[id(parameter)].padding if rows is None and id(parameter) in self._owned else None
+        if padding is not None:
+            note = "; ".join(filter(None, (note, f"row {padding}, the padding, is kept")))
 
         def draw(numbers: Tensor, generator: torch.Generator) -> None:
             if numbers.numel():
@@ -145,8 +150,8 @@ class InitContext:
                     fan_in=fan,
                     generator=generator,
                 )
-            if keep_row is not None:
-                numbers[keep_row] = parameter[keep_row].to(numbers)
+            if padding is not None:
+                numbers[padding] = parameter[padding].to(numbers)
 
         self.fill_(
             parameter,

@@ -88,8 +88,7 @@ def _weighted(module: nn.Module, context: InitContext, gain: float | None = None
 def _embedding(module: nn.Embedding | nn.EmbeddingBag, context: InitContext) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if name == "weight":
-            note = "" if module.padding_idx is None else f"row {module.padding_idx}, the padding, is kept"
-            context.weight_(parameter, fan_in=1, fan_out=1, gain=1.0, keep_row=module.padding_idx, note=note)
+            context.weight_(parameter, fan_in=1, fan_out=1, gain=1.0)
 
 
 def _norm(module: nn.Module, context: InitContext) -> None:

@@ -126,13 +126,21 @@ def _owned(model: nn.Module) -> dict[int, Owned]:
         if (reason := why_not_whole(parameter)) is not None:
             raise ValueError(f"the parameter {name!r} of model must hold its values, but it {reason}")
         first = found.get(id(parameter))
-        module = first.module if first else model.get_submodule(name.rpartition(".")[0])
-        found[id(parameter)] = Owned(parameter, module, (*(first.names if first else ()), name))
+        module = model.get_submodule(name.rpartition(".")[0])
+        padding = module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
+        if first is None:
+            found[id(parameter)] = Owned(parameter, module, (name,), padding)
+        else:
+            padding = padding if first.padding is None else first.padding
+            found[id(parameter)] = first._replace(names=(*first.names, name), padding=padding)
     return found
 
 
 def _plan(model: nn.Module, context: InitContext, parameters: list[Owned], skip: list[re.Pattern[str]]) -> list[Task]:
     """Decide about every parameter, without touching any."""
+    for pattern in skip:
+        if not any(pattern.fullmatch(name) for owned in parameters for name in owned.names):
+            warnings.warn(f"skip: {pattern.pattern!r} matches no parameter's whole name", UserWarning, stacklevel=3)
     for owned in parameters:
         if any(pattern.fullmatch(name) for pattern in skip for name in owned.names):
             context.leave(owned, "skipped")

@@ -124,7 +124,8 @@ def test_frozen_skipped_and_integer_parameters_are_kept_and_listed():
 
 def test_skip_matches_whole_names():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    report = init_weights(model, scheme="he", skip=["0", "weight", r"1\.bias"])
+    with pytest.warns(UserWarning, match="matches no parameter's whole name"):
+        report = init_weights(model, scheme="he", skip=["0", "weight", r"1\.bias"])
     assert [entry.name for entry in report.entries if entry.rule == "skipped"] == ["1.bias"]
 
 
@@ -531,3 +532,20 @@ def test_sharded_parameters_are_refused_by_name():
     model = nn.Sequential(distribute_module(nn.Linear(2, 2), init_device_mesh("cpu", (1,))))
     with pytest.raises(ValueError, match=r"'0\.weight' of model .* sharded over ranks; initialise the model before"):
         init_weights(model, scheme="he")
+
+
+@pytest.mark.parametrize("first", ["embedding", "head"])
+def test_a_tied_embedding_keeps_its_padding_whoever_owns_it(first: str) -> None:
+    parts = {"embedding": nn.Embedding(7, 4, padding_idx=2), "head": nn.Linear(4, 7, bias=False)}
+    parts["head"].weight = parts["embedding"].weight
+    model = nn.ModuleDict({name: parts[name] for name in sorted(parts, key=lambda name: name != first)})
+    before = parts["embedding"].weight.detach().clone()
+    (entry,) = init_weights(model, scheme="he", seed=0).entries
+    assert torch.equal(parts["head"].weight[2], before[2])
+    assert not torch.equal(parts["head"].weight[3], before[3])
+    assert "row 2, the padding, is kept" in entry.note
+
+
+def test_a_skip_that_matches_nothing_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"skip: 'hed\\\\..\*' matches no parameter's whole name"):
+        init_weights(nn.Linear(2, 2), scheme="he", skip=r"hed\..*")
