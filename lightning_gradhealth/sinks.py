@@ -124,7 +124,7 @@ def layout(layers: bool = True) -> dict[str, dict[str, list[Any]]]:
 
     charts = {
         "Grad Health": {
-            "Active findings (0: healthy)": chart("findings"),
+            "Active findings": chart("findings"),
             "Gain per layer, backwards (1: ideal)": chart("gain_per_layer"),
             "Largest gradient norm (log scale)": chart("total_norm_max"),
             "Update / weight (log scale, 1e-3: usual)": chart("update_to_weight"),

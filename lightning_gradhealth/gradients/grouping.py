@@ -160,11 +160,11 @@ def make_record(layout: Layout, rows: Sequence[HostRow], without_grad: Mapping[i
     for index, row in enumerate(rows):
         following = next((r for r in rows[index + 1 :] if r.row.optimizer == row.row.optimizer), None)
         slots, mask = np.array(row.row.slots, dtype=int), row.non_finite(following)
-        layers = layer_of[slots]
+        hit = layer_of[slots]
         with np.errstate(over="ignore", invalid="ignore"):
-            norms = np.sqrt(np.bincount(layers, row.norms**2, count))
+            norms = np.sqrt(np.bincount(hit, row.norms**2, count))
         peak = np.fmax(peak, np.where(np.isfinite(norms), norms, 0.0))
-        bad += np.bincount(layers, mask, count) > 0
+        bad += np.bincount(hit, mask, count) > 0
         rates = [rate for rate in row.row.rates if rate is not None]
         window.append(
             StepStats(

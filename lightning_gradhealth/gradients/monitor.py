@@ -166,8 +166,8 @@ class GradientMonitor:
             for watched in (self.layout.slots[slot] for slot in owned):
                 if is_sharded(watched.parameter):
                     raise RuntimeError(
-                        f"{watched.name!r} is a shard of the whole; gradient norms under FSDP and tensor parallelism are"
-                        " not supported yet: use DDP or a single device"
+                        f"{watched.name!r} is a shard of the whole; gradient norms under FSDP and tensor"
+                        " parallelism are not supported yet: use DDP or a single device"
                     )
             self._pattern[number] = pattern
             self._had_grad.update(slots)
