@@ -202,7 +202,9 @@ class GradHealth(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives and tensors only, so that checkpoints load with `weights_only=True`."""
-        return self._pending_state if self._session is None else self._session.state_dict()
+        if self._session is None:
+            return self._pending_state
+        return {**self._session.state_dict(), "logged_layers": self._sink.layers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; a state that does not fit is reported and left."""
@@ -214,6 +216,7 @@ class GradHealth(Callback):
     def _load(self) -> None:
         if self._session is not None:
             self._session.load_state_dict(self._pending_state)
+            self._sink.layers = self._pending_state["logged_layers"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process, and the log methods that the Trainer puts on callbacks."""

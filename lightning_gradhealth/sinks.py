@@ -166,6 +166,9 @@ class LoggerSink:
         log_layers: How many layers' own scalars to write: "auto" the worst ten, chosen at the first record and
             kept, so that their lines go on; a number; True for all; False for none.
 
+    Attributes:
+        layers: The layers that were chosen; None before the first record.
+
     Example:
         >>> class Printer:
         ...     def log_metrics(self, metrics, step):
@@ -176,7 +179,7 @@ class LoggerSink:
 
     def __init__(self, log_layers: LogLayers = "auto") -> None:
         self._count = check_log_layers(log_layers)
-        self._tags: dict[str, str] | None = None
+        self.layers: list[str] | None = None
         self._failed: set[int] = set()
         self._told: dict[int, set[tuple[str, str]]] = {}
 
@@ -209,15 +212,16 @@ class LoggerSink:
     def _layer_scalars(self, record: StepRecord) -> dict[str, float]:
         if self._count == 0:
             return {}
-        if self._tags is None:
+        if self.layers is None:
             count = len(record.layers) if self._count is None else self._count
-            self._tags = tags(worst_layers(record.layers, count))
+            self.layers = worst_layers(record.layers, count)
+        tag_of = tags(self.layers)
         return _finite(
             {
-                f"{PREFIX}/layers/{metric}/{self._tags[layer.name]}": getattr(layer, metric)
+                f"{PREFIX}/layers/{metric}/{tag_of[layer.name]}": getattr(layer, metric)
                 for metric in LAYER_METRICS
                 for layer in record.layers
-                if layer.name in self._tags
+                if layer.name in tag_of
             }
         )
 

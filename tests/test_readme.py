@@ -13,7 +13,7 @@ from torch import nn
 
 import lightning_gradhealth as gh
 from lightning_gradhealth.init import handlers
-from lightning_gradhealth.sinks import layout, scalars
+from lightning_gradhealth.sinks import layout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +49,10 @@ def test_names_exist() -> None:
         assert f"`{condition}`" in README
     for picture in re.findall(r"\]\((examples/[\w.]+)\)", README):
         assert (ROOT / picture).exists()
-    charted = set(re.findall(r"^\| [\w/ ]+ \| `([\w/]+)`", README, re.M))
-    logged = {name.removeprefix("gradhealth/") for name in scalars(gh.StepRecord(step=0, total_norm=1.0), 0)}
-    assert "total_norm" in charted & logged
-    assert all(any(name in str(chart) for chart in layout().values()) for name in charted if "/" not in name)
+    charts = {title: str(chart) for title, chart in layout()["Grad Health"].items()}
+    rows = re.findall(r"^\| ([A-Z][^|]*?) \| (`[^|]*`) \|", README, re.M)
+    charted = {row: names for row, names in rows if any(title.startswith(row) for title in charts)}
+    assert len(charted) == 6
+    for row, names in charted.items():
+        (patterns,) = [patterns for title, patterns in charts.items() if title.startswith(row)]
+        assert all(name in patterns for name in re.findall(r"`(\w+)`", names))

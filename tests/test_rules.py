@@ -134,6 +134,7 @@ def test_convergence_shrinks_all_alike_and_is_healthy() -> None:
 
 def test_a_dead_half_is_vanishing_and_nothing_everywhere_is_not() -> None:
     assert Condition.VANISHING_GRADIENTS in judged(chain([0.0] * 6 + [1.0] * 6, step) for step in range(2))
+    assert Condition.VANISHING_GRADIENTS in judged(chain([0.0] * 11 + [1.0], step) for step in range(2))
     assert not judged(chain([0.0] * 12, step) for step in range(3))
 
 

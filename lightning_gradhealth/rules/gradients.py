@@ -81,6 +81,8 @@ class DepthRule(Rule):
         names, rms = [name for name, _ in chain], [value for _, value in chain]
         quarter = max(1, len(chain) // 4)
         first, last = median(rms[:quarter]), median(rms[-quarter:])
+        if last == 0.0:
+            last = max(rms[-quarter:])  # dead already inside the last quarter
         if last == 0.0 and first == 0.0:
             return None  # no gradient anywhere is not a matter of depth
         ratio = first / last if last > 0.0 else math.inf
