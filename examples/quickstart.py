@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, gh.Health
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the layers are small: more threads only get in each other's way
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*")
 
     console = Console()
     results = {}

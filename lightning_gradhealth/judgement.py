@@ -89,7 +89,8 @@ class Judgement:
             "layers": tuple(name for name in self.layers if name in hit),
         }
         graver = finding.severity.rank > known.severity.rank
-        self.findings[finding.condition] = _with(finding if graver else known, **merged)
+        wider = finding.severity is known.severity and len(finding.layers) > len(known.layers)
+        self.findings[finding.condition] = _with(finding if graver or wider else known, **merged)
         return graver
 
     @property
@@ -98,11 +99,11 @@ class Judgement:
         return sum(any(rule.active and rule.condition == name for rule in self.rules) for name in self.findings)
 
     def report(self, notes: Sequence[str]) -> HealthReport:
-        """The verdict so far: the gravest finding first, among equals the cause before its symptoms."""
+        """The verdict so far: the gravest finding first, then the earliest, then the cause before its symptoms."""
         rank = {str(rule.condition): position for position, rule in reversed(list(enumerate(self.rules)))}
         findings = sorted(
             self.findings.values(),
-            key=lambda f: (-f.severity.rank, rank.get(str(f.condition), len(rank)), f.first_step),
+            key=lambda f: (-f.severity.rank, f.first_step, rank.get(str(f.condition), len(rank))),
         )
         return HealthReport(
             findings=tuple(findings),

@@ -322,7 +322,7 @@ class HealthReport(Record):
     """The verdict on a run so far.
 
     Attributes:
-        findings: Every finding, the gravest first and, among equals, the earliest.
+        findings: Every finding: the gravest first, then the earliest, then causes before their symptoms.
         layers: The last statistics of every layer, in order of first use.
         step: The loggers' x value of the last optimizer step that was seen (-1: none).
         steps: Optimizer steps seen.

@@ -100,6 +100,7 @@ class DepthRule(Rule):
         if ratio >= limit or whole >= limit:
             return None
         verb = "vanish" if self.vanishing else "explode"
+        share = first / last if last else math.inf
         reach = f", gain {gain:.2g} per layer" if gain is not None else ""
         concerned = [
             name
@@ -110,12 +111,12 @@ class DepthRule(Rule):
             severity=Severity.CRITICAL if ratio < self.thresholds.depth_critical else Severity.WARNING,
             summary=(
                 f"gradients {verb} on the way to the first layers: the signal at {names[0]} is"
-                f" {first / last if last else math.inf:.1e} of that at {names[-1]} over {len(chain)} layers{reach}"
+                f" {f'{share:.1e}' if share else 'nothing'} of that at {names[-1]} over {len(chain)} layers{reach}"
             ),
             remedy=_DEPTH_CURE if self.vanishing else _EXPLOSION_CURE,
             layers=tuple(concerned),
             evidence={
-                "first_to_last": first / last if last else math.inf,
+                "first_to_last": share,
                 "fitted_gain": gain,
                 "layers_measured": len(chain),
                 "depth_limit": depth_limit(gain, self.thresholds.depth_ratio),
