@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Condition(str, Enum):
     """What can be wrong with a training run.
 
+    The last four speak of signals inside the network, which are not measured yet: no rule concludes them.
+
     Example:
         >>> Condition("non_finite") is Condition.NON_FINITE
         True
@@ -37,6 +39,10 @@ class Condition(str, Enum):
     LOSS_SPIKE = "loss_spike"
     STALLED_LOSS = "stalled_loss"
     NO_GRADIENT = "no_gradient"
+    VANISHING_ACTIVATIONS = "vanishing_activations"
+    EXPLODING_ACTIVATIONS = "exploding_activations"
+    DEAD_UNITS = "dead_units"
+    SATURATED_UNITS = "saturated_units"
 
     def __str__(self) -> str:
         return self.value
