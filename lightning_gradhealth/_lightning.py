@@ -42,11 +42,12 @@ def hides_gradients(trainer: pl.Trainer) -> bool:
 
 
 def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | float | None:
-    """The training loss of a batch: the metric logged under `key`, else what `training_step` returned."""
-    if key is not None:
-        return trainer.callback_metrics.get(key)
+    """A batch's share in the training loss: what `training_step` returned, else the metric logged under `key`."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    return loss if isinstance(loss, (Tensor, float)) else None
+    if isinstance(loss, (Tensor, float)):
+        return loss  # divided by the batches that are accumulated already
+    value = trainer.callback_metrics.get(key) if key is not None else None
+    return None if value is None else value / trainer.accumulate_grad_batches
 
 
 def announcer(trainer: pl.Trainer, fallback: Callable[[str], None]) -> Callable[[str], None]:

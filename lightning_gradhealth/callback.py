@@ -54,8 +54,8 @@ class GradHealth(Callback):
         rules: Rules of your own, in addition to the default ones.
         ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
         thresholds: The numbers that verdicts depend on, each with its reason.
-        loss_key: Name of the logged metric that is the training loss, for manual optimization; None: what
-            `training_step` returns.
+        loss_key: Name of a metric logged at every step that is the training loss, for where `training_step`
+            returns none, as in manual optimization.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -64,8 +64,8 @@ class GradHealth(Callback):
     Example:
         >>> health = GradHealth(ignore={"stalled_layers": "head.*"})
         >>> trainer = pl.Trainer(callbacks=[health], logger=False, enable_checkpointing=False)
-        >>> health.report().healthy  # after trainer.fit(model)
-        True
+        >>> health.report()  # before trainer.fit(model)
+        HealthReport(nothing was watched; 0 layers, 0 steps)
     """
 
     def __init__(
@@ -92,7 +92,10 @@ class GradHealth(Callback):
     def _reset(self) -> None:
         self._session: HealthSession | None = None
         self._sink = LoggerSink(self.log_layers)
-        self._pending_state: dict[str, Any] = {}
+        self._state: dict[str, Any] = {}  # from a checkpoint before the first batch, or left by the last fit
+        self._report = HealthReport(
+            notes=("nothing was observed in this process: no fit yet, or one in processes of its own (ddp_spawn)",)
+        )
         self._aside = ""
 
     # --- lifecycle ---
@@ -100,16 +103,18 @@ class GradHealth(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the fit before this one."""
         if stage == "fit":
-            self._close()
             self._reset()
 
     @_never_fatal
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start watching the model, which has its final form now."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """At the first batch, start watching the model, which has its final form now."""
+        if self._session is not None:
+            return
         if _lightning.hides_gradients(trainer):
             self._step_aside("gradients are unavailable under DeepSpeed, which keeps them to itself")
             return
-        self._close()
         self._session = HealthSession(
             pl_module,
             probe_every_n_steps=self.probe_every_n_steps or _lightning.log_cadence(trainer),
@@ -121,8 +126,7 @@ class GradHealth(Callback):
         )
         for optimizer in trainer.optimizers:
             self._session.monitor.index_of(optimizer)
-        if self._pending_state:
-            self._load()
+        self._load()
 
     @_never_fatal
     def on_before_optimizer_step(
@@ -156,12 +160,12 @@ class GradHealth(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Judge a run that dies, or is interrupted, up to its last step."""
         self._conclude(trainer)
-        self._close()
+        self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Remove every hook; the report stays."""
+        """Remove every hook and let the model go; the report and the state stay."""
         if stage == "fit":
-            self._close()
+            self._release()
 
     def _conclude(self, trainer: pl.Trainer) -> None:
         if self._session is not None and self._session.monitor.rows:
@@ -172,14 +176,20 @@ class GradHealth(Callback):
             findings = self._session.judgement.report(()).findings
             self._sink.write(trainer.loggers, record, findings, self._session.active_findings)
 
-    def _close(self) -> None:
-        if self._session is not None:
-            self._session.close()
-
     def _step_aside(self, why: str, error: Exception | None = None) -> None:
         self._aside = why
         log.warning("gradhealth: steps aside for the rest of this run, training goes on (%s)", why, exc_info=error)
-        self._close()
+        if self._session is not None:
+            self._session.close()
+
+    def _release(self) -> None:
+        """Keep what is asked for after a fit, and nothing else."""
+        self._report, self._state = self.report(), self.state_dict()
+        if self._session is not None:
+            self._session.close()
+        self._session = None
+        for name in ("log", "log_dict"):  # the Trainer's, bound to the model; it gives new ones to every run
+            vars(self).pop(name, None)
 
     # --- what is asked of it ---
 
@@ -187,13 +197,15 @@ class GradHealth(Callback):
         """The verdict on the run so far, or on the last one.
 
         Returns:
-            A report without findings, and with a note, where nothing was observed in this process.
+            A report that is not healthy, and says why, where nothing was observed in this process.
         """
-        note = f"GradHealth stepped aside: {self._aside}" if self._aside else ""
-        if self._session is None:
-            nothing = "nothing was observed in this process: no fit yet, or one in processes of its own (ddp_spawn)"
-            return HealthReport(notes=(note or nothing,))
-        return self._session.report(*([note] if note else []))
+        report = self._report
+        if self._session is not None:
+            try:
+                report = self._session.report()
+            except Exception as error:
+                self._step_aside(f"no report: {type(error).__name__}: {error}", error)
+        return HealthReport(**{**vars(report), "aside": self._aside})
 
     @property
     def state_key(self) -> str:
@@ -202,21 +214,23 @@ class GradHealth(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Primitives and tensors only, so that checkpoints load with `weights_only=True`."""
-        if self._session is None:
-            return self._pending_state
-        return {**self._session.state_dict(), "logged_layers": self._sink.layers}
+        if self._session is not None:
+            try:
+                self._state = {**self._session.state_dict(), "logged_layers": self._sink.layers}
+            except Exception as error:
+                self._step_aside(f"no state: {type(error).__name__}: {error}", error)
+        return self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; a state that does not fit is reported and left."""
-        self._pending_state = state_dict
-        if self._session is not None:
-            self._load()
+        self._state = state_dict
+        self._load()
 
     @_never_fatal
     def _load(self) -> None:
-        if self._session is not None:
-            self._session.load_state_dict(self._pending_state)
-            self._sink.layers = self._pending_state["logged_layers"]
+        if self._session is not None and self._state:
+            self._session.load_state_dict(self._state)
+            self._sink.layers = self._state["logged_layers"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process, and the log methods that the Trainer puts on callbacks."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning_gradhealth.history import History
-from lightning_gradhealth.records import Finding, HealthReport, LayerStats, StepRecord
+from lightning_gradhealth.records import Finding, HealthReport, LayerStats, Severity, StepRecord
 from lightning_gradhealth.rules import Rule
 
 log = logging.getLogger("lightning_gradhealth")
@@ -63,9 +63,16 @@ class Judgement:
                 log.exception("the rule %s failed and is left out from now on; training goes on", type(rule).__name__)
                 self.rules.remove(rule)
                 continue
+            if finding and rule.needs_support and not self._supported(finding):
+                finding = _with(finding, severity=Severity.INFO)
             if finding and (finding := self._unmuted(finding)) and self._take(finding):
                 news.append(self.findings[finding.condition])
         return news
+
+    def _supported(self, finding: Finding) -> bool:
+        """Whether another rule holds something against the run now."""
+        active = {str(rule.condition) for rule in self.rules if rule.active} - {finding.condition}
+        return any(f.severity is not Severity.INFO for name, f in self.findings.items() if name in active)
 
     def _unmuted(self, finding: Finding) -> Finding | None:
         pattern = self.ignore.get(str(finding.condition))
@@ -98,7 +105,7 @@ class Judgement:
         """Number of conditions that hold now, in the eyes of their rules."""
         return sum(any(rule.active and rule.condition == name for rule in self.rules) for name in self.findings)
 
-    def report(self, notes: Sequence[str]) -> HealthReport:
+    def report(self, notes: Sequence[str], aside: str = "") -> HealthReport:
         """The verdict so far: the gravest finding first, then the earliest, then the cause before its symptoms."""
         rank = {str(rule.condition): position for position, rule in reversed(list(enumerate(self.rules)))}
         findings = sorted(
@@ -113,6 +120,7 @@ class Judgement:
             non_finite_steps=self.non_finite_steps,
             trend=self.history.trend(),
             notes=tuple(notes),
+            aside=aside,
         )
 
     def _rule_keys(self) -> list[tuple[str, Rule]]:
@@ -123,11 +131,20 @@ class Judgement:
             keys.append((f"{base}:{sum(key.startswith(base) for key, _ in keys)}", rule))
         return keys
 
+    def _rule_states(self) -> dict[str, Any]:
+        states = {}
+        for key, rule in self._rule_keys():
+            try:
+                states[key] = rule.state_dict()
+            except Exception:
+                log.exception("the state of the rule %s is not saved; training goes on", type(rule).__name__)
+        return states
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything as primitives, and the history's values as a tensor."""
         history = self.history.state_dict()
         return {
-            "rules": {key: rule.state_dict() for key, rule in self._rule_keys()},
+            "rules": self._rule_states(),
             "findings": [finding.to_dict() for finding in self.findings.values()],
             "history": {**history, "values": torch.from_numpy(history["values"])},
             "layers": [layer.to_dict() for layer in self.layers.values()],

@@ -8,7 +8,7 @@ for verdicts over depth.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +157,7 @@ class Layout:
         self.slot_of: dict[int, int] = {}
         self._number: dict[str, int] = {}
         self._used: list[str] = []
-        self._signal: list[int] | None = None
+        self._cancelled: frozenset[int] | None = None
         self.refresh()
 
     def refresh(self) -> None:
@@ -169,7 +169,8 @@ class Layout:
                 if id(parameter) not in self.slot_of:
                     name = clean_name(f"{path}.{key}" if path else key)
                     layer = _group_of(name, owner, root, self.layers)
-                    self._add(name, parameter, layer, owner, isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+                    table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
+                    self._add(name, parameter, layer, owner, embedding=table and parameter.ndim == 2)
 
     def adopt(self, parameter: nn.Parameter, name: str) -> int:
         """Give a slot to a parameter that an optimizer holds but the model does not."""
@@ -185,14 +186,14 @@ class Layout:
         is_bias = parameter.ndim == 1 and name.rpartition(".")[2].startswith(("bias", "in_proj_bias"))
         self.slot_of[id(parameter)] = len(self.slots)
         self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding))
-        self._signal = None
+        self._cancelled = None
 
     # --- order of first use ---
 
     def record_use(self, owners: Sequence[str]) -> None:
         """Remember the modules of the first training batch, in the order in which they were used."""
         self._used = list(owners)
-        self._signal = None
+        self._cancelled = None
 
     @property
     def used(self) -> list[str]:
@@ -212,24 +213,27 @@ class Layout:
         return sorted(range(len(self.names)), key=lambda layer: (first.get(layer, latest), layer))
 
     def signal_slots(self) -> list[int]:
-        """Slots of the biases whose gradients can stand in for the backward signal.
+        """Slots of the biases whose gradients can stand in for the backward signal."""
+        cancelled = self.cancelled_slots()
+        return [i for i, slot in enumerate(self.slots) if slot.is_bias and i not in cancelled]
 
-        A bias whose layer is followed at once by batch or instance normalisation has a gradient of zero but for
-        rounding, since the normalisation subtracts it again: it says nothing about the signal.
+    def cancelled_slots(self) -> frozenset[int]:
+        """Slots of the biases that batch or instance normalisation subtracts again.
+
+        Their gradients are zero but for rounding: they say nothing about the signal, and need not move.
         """
-        if self._signal is None:
-            self._signal = self._find_signal_slots()
-        return self._signal
-
-    def _find_signal_slots(self) -> list[int]:
-        modules = {clean_name(f"{path}.").rstrip("."): m for path, m in self.model.named_modules()}
-        chain = self._used or [path for path, m in modules.items() if isinstance(m, _NormBase) or has_own_parameters(m)]
-        cancelled = {
-            before
-            for before, after in zip(chain, chain[1:], strict=False)
-            if isinstance(modules.get(after), _NormBase) and not isinstance(modules.get(before), _NormBase)
-        }
-        return [i for i, slot in enumerate(self.slots) if slot.is_bias and slot.owner not in cancelled]
+        if self._cancelled is None:
+            modules = {clean_name(f"{path}.").rstrip("."): m for path, m in self.model.named_modules()}
+            chain = self._used or [
+                path for path, m in modules.items() if isinstance(m, _NormBase) or has_own_parameters(m)
+            ]
+            owners = {
+                before
+                for before, after in zip(chain, chain[1:], strict=False)
+                if isinstance(modules.get(after), _NormBase) and not isinstance(modules.get(before), _NormBase)
+            }
+            self._cancelled = frozenset(i for i, s in enumerate(self.slots) if s.is_bias and s.owner in owners)
+        return self._cancelled
 
 
 def has_own_parameters(module: nn.Module) -> bool:
@@ -242,13 +246,26 @@ def has_own_parameters(module: nn.Module) -> bool:
     return bool(module._parameters) or hasattr(module, "parametrizations")
 
 
+class _Note:
+    """A forward hook that writes a name down once; a class, so that a model that carries it can be pickled."""
+
+    def __init__(self, name: str, used: list[str]) -> None:
+        self._name = name
+        self._used = used
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if self._name not in self._used:
+            self._used.append(self._name)
+
+
 class UseRecorder:
-    """Records the order of first use of modules during the first training forward pass.
+    """Records the order of first use of modules during the next forward pass, until it is closed.
 
     Args:
-        model: The model; nothing is recorded while it is in evaluation mode.
+        model: The model.
 
     Attributes:
+        used: The modules that own parameters, or normalise, in the order in which they were first used.
         complete: False where compiled or scripted modules hide what happens inside.
 
     Example:
@@ -262,34 +279,20 @@ class UseRecorder:
     def __init__(self, model: nn.Module) -> None:
         self.used: list[str] = []
         self.complete = True
-        self._model = unwrap(model)
         self._handles: list[Any] = []
         hidden: tuple[str, ...] = ()
-        for path, module in self._model.named_modules():
+        for path, module in unwrap(model).named_modules():
             if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
                 self.complete = False
                 hidden += (path,)
             if any(path == top or path.startswith(f"{top}.") or not top for top in hidden):
                 continue
             if has_own_parameters(module) or isinstance(module, _NormBase):
-                self._handles.append(module.register_forward_pre_hook(self._hook(path)))
-
-    def _hook(self, path: str) -> Any:
-        name = clean_name(f"{path}.").rstrip(".")
-
-        def note(_module: nn.Module, _inputs: Any) -> None:
-            if self._model.training and name not in self.used:
-                self.used.append(name)
-
-        return note
+                note = _Note(clean_name(f"{path}.").rstrip("."), self.used)
+                self._handles.append(module.register_forward_pre_hook(note))
 
     def close(self) -> None:
         """Remove the hooks; calling it twice does no harm."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-
-def trainable(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether any of the parameters requires a gradient."""
-    return any(parameter.requires_grad for parameter in parameters)

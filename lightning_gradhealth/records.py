@@ -159,8 +159,10 @@ class LayerStats(Record):
         learning_rate: The largest rate of its parameter groups.
         frozen: No parameter of the layer requires a gradient.
         without_grad: Trainable parameters of the layer, in the optimizer, that have never had a gradient.
+        no_gradient_since: The loggers' x value since when that has been so.
         steps_without_grad: Optimizer steps for which that has been so.
-        optimizer: Index of the optimizer that owns it (None: no optimizer stepped it).
+        cancelled: A bias that a normalisation subtracts again: its gradient is nothing but rounding.
+        optimizer: Index of the optimizer that steps it, the first of several (None: none does).
 
     Example:
         >>> LayerStats("net.0", grad_norm=0.5, norm_ratio=1.0)
@@ -180,7 +182,9 @@ class LayerStats(Record):
     learning_rate: float | None = None
     frozen: bool = False
     without_grad: tuple[str, ...] = ()
+    no_gradient_since: int | None = None
     steps_without_grad: int = 0
+    cancelled: bool = False
     optimizer: int | None = None
 
     def __repr__(self) -> str:
@@ -202,6 +206,7 @@ class StepStats(Record):
         total_norm: L2 norm of all its gradients together, before any clipping; Inf or NaN where they were.
         loss: The training loss of the step, or None where it is not known.
         non_finite: A gradient had a NaN or Inf.
+        overflow: The loss scaler met one and skips the step, as it does now and then.
         learning_rate: The largest rate of the optimizer's groups (None where it lives on the device).
 
     Example:
@@ -214,6 +219,7 @@ class StepStats(Record):
     total_norm: float | None = None
     loss: float | None = None
     non_finite: bool = False
+    overflow: bool = False
     learning_rate: float | None = None
 
 
@@ -337,11 +343,14 @@ class HealthReport(Record):
         skipped_steps: Steps that the callback skipped.
         trend: Pairs of step and largest total norm, pooled over the run.
         notes: What could not be measured, and why.
+        aside: Why nothing, or not the whole run, was watched; empty where all is well.
 
     Example:
-        >>> report = HealthReport()
+        >>> report = HealthReport(steps=100)
         >>> report.healthy, sorted(report.conditions)
         (True, [])
+        >>> HealthReport().healthy  # nothing was watched
+        False
     """
 
     findings: tuple[Finding, ...] = ()
@@ -353,6 +362,7 @@ class HealthReport(Record):
     skipped_steps: int = 0
     trend: tuple[tuple[float, ...], ...] = ()
     notes: tuple[str, ...] = ()
+    aside: str = ""
 
     @property
     def conditions(self) -> frozenset[str]:
@@ -361,12 +371,19 @@ class HealthReport(Record):
 
     @property
     def healthy(self) -> bool:
-        """True where nothing above info was found."""
-        return not self.conditions
+        """True where the run was watched and nothing above info was found."""
+        return self.steps > 0 and not self.aside and not self.conditions
+
+    @property
+    def verdict(self) -> str:
+        """The conditions, the gravest first; "healthy"; or that the run was not watched."""
+        found = ", ".join(dict.fromkeys(str(f.condition) for f in self.findings if f.severity is not Severity.INFO))
+        if self.healthy:
+            return "healthy"
+        return found or ("not watched to the end" if self.steps else "nothing was watched")
 
     def __repr__(self) -> str:
-        verdict = "healthy" if self.healthy else ", ".join(sorted(self.conditions))
-        return f"HealthReport({verdict}; {len(self.layers)} layers, {self.steps} steps)"
+        return f"HealthReport({self.verdict}; {len(self.layers)} layers, {self.steps} steps)"
 
     def __rich__(self) -> RenderableType:
         from lightning_gradhealth.report import render_health

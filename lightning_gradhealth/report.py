@@ -70,8 +70,7 @@ def _rows(report: HealthReport) -> list[tuple[str, ...]]:
 
 
 def _headline(report: HealthReport) -> str:
-    verdict = "healthy" if report.healthy else ", ".join(dict.fromkeys(str(f.condition) for f in report.findings))
-    text = f"{verdict} after {report.steps} optimizer steps"
+    text = f"{report.verdict} after {report.steps} optimizer steps"
     if report.non_finite_steps:
         text += f", {report.non_finite_steps} of them with NaN or Inf"
     return text
@@ -101,6 +100,8 @@ def render_health(report: HealthReport) -> RenderableType:
         parts.append(Text(f"total norm, log scale: {sparkline([total for _, total in report.trend])}", style="dim"))
     for finding in report.findings:
         parts.append(_render_finding(finding))
+    if report.aside:
+        parts.append(Text(f"GradHealth stepped aside: {report.aside}", style="yellow"))
     parts += [Text(f"note: {note}", style="dim") for note in report.notes]
     return Panel(Group(*parts), title="GradHealth", border_style=colour, title_align="left")
 
@@ -129,7 +130,7 @@ def markdown(report: HealthReport) -> str:
 
     Example:
         >>> markdown(HealthReport()).splitlines()[0]
-        '# Health: healthy after 0 optimizer steps'
+        '# Health: nothing was watched after 0 optimizer steps'
     """
     lines = [f"# Health: {_headline(report)}", ""]
     for finding in report.findings:
@@ -143,6 +144,7 @@ def markdown(report: HealthReport) -> str:
         lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _rows(report)]
         lines.append("")
+    lines += [f"GradHealth stepped aside: {report.aside}"] if report.aside else []
     lines += [f"Note: {note}" for note in report.notes]
     return "\n".join(lines)
 

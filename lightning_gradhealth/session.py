@@ -158,7 +158,7 @@ class HealthSession:
             optimizer: The optimizer that is about to step; only its parameters are looked at.
             loss: The training loss of this step, shape () or a float.
             grad_scaler: The scaler of the loss, if there is one, before or after its `unscale_`.
-            step: The loggers' x value; None counts this optimizer's steps from 0.
+            step: The loggers' x value; None counts from 0 the steps of the optimizer that stepped most.
 
         Returns:
             What is to be done, for `apply`.
@@ -175,9 +175,8 @@ class HealthSession:
         row = self.monitor.rows[-1]
         number = row.optimizer
         self._open.pop(number, None)
-        if probed and row.slots:
-            slots = self.monitor.layout.slots
-            watch = WeightWatch(row.slots, [slots[i] for i in row.slots], self._indices)
+        if probed and row.pattern.slots:
+            watch = WeightWatch([self.monitor.layout.slots[i] for i in row.pattern.slots], self._indices)
             row.probe = watch.probe
             self._open[number] = watch
             if number not in self._hooks:
@@ -193,11 +192,11 @@ class HealthSession:
 
     def _settle_order(self) -> None:
         """Take the order of first use, once the first batch has been through the forward pass."""
-        if self._recorder is not None:
+        if self._recorder is not None and self._recorder.used:
             self._recorder.close()
             if not self.monitor.layout.used:
                 self.monitor.layout.record_use(self._recorder.used)
-            self._order_complete = self._recorder.complete and bool(self.monitor.layout.used)
+            self._order_complete = self._recorder.complete
             self._recorder = None
 
     def add_loss(self, loss: Tensor | float) -> None:
@@ -206,7 +205,7 @@ class HealthSession:
         Args:
             loss: Shape () or a float: the share of one micro-batch in the loss of the step.
         """
-        value = loss.detach() if isinstance(loss, Tensor) else float(loss)
+        value = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
         self._losses = value if self._losses is None else self._losses + value
         waiting = False
         for row in reversed(self.monitor.rows):
@@ -269,19 +268,21 @@ class HealthSession:
         """Whether a step with this x value has been observed since the last flush."""
         return bool(self.monitor.rows) and self.monitor.rows[-1].step == step
 
-    def report(self, *notes: str) -> HealthReport:
+    def report(self, aside: str = "") -> HealthReport:
         """The verdict so far, steps since the last flush included (reads the device once if there are any).
 
         Args:
-            notes: Remarks to put into the report, besides what could not be measured.
+            aside: Why the run was not watched to the end, if it was not.
         """
         judgement, _ = self._peek()
-        return judgement.report([*self._notes(judgement), *notes])
+        return judgement.report(self._notes(judgement), aside)
 
     def _notes(self, judgement: Judgement) -> list[str]:
         notes = []
         if judgement.steps and not self._order_complete:
-            notes.append("layers stand in registration order: compiled or scripted modules hide the order of use")
+            notes.append("layers stand in registration order where compiled or scripted modules hide their use")
+        elif judgement.steps and not self.monitor.layout.used:
+            notes.append("layers stand in registration order: no forward pass was seen")
         if judgement.steps and not judgement.depth_seen:
             notes.append("depth: not measured (it needs two layers with biases)")
         if judgement.steps and not judgement.loss_seen:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from conftest import mlp
@@ -86,10 +89,6 @@ def test_order_of_first_use() -> None:
     model = Backwards()
     layout, recorder = Layout(model), UseRecorder(model)
     assert [layout.names[i] for i in layout.order()] == layout.names  # registration order until something ran
-    model.eval()
-    model(torch.zeros(1, 5, 3))
-    assert recorder.used == []  # a sanity check is no training batch
-    model.train()
     model(torch.zeros(1, 5, 3))
     recorder.close()
     layout.record_use(recorder.used)
@@ -101,6 +100,16 @@ def test_order_of_first_use() -> None:
         "last",
     ]
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_is_being_recorded_can_be_copied_and_saved() -> None:
+    model = Backwards()
+    recorder = UseRecorder(model)
+    twin = copy.deepcopy(model)
+    torch.save(model, io.BytesIO())
+    twin(torch.zeros(1, 5, 3))
+    assert recorder.used == []
+    recorder.close()
 
 
 def test_biases_before_batch_norm_do_not_stand_in() -> None:

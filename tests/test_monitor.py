@@ -73,6 +73,51 @@ def test_spikes_between_two_flushes_are_kept() -> None:
     assert monitor.flush().step == -1
 
 
+def test_a_layer_without_gradient_in_the_last_step_keeps_its_spike() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(8, 2), "b": nn.Linear(8, 2)})
+    optimizer, monitor = torch.optim.SGD(model.parameters(), lr=0.0), GradientMonitor(model)
+    for name in ("a", "b", "a"):
+        optimizer.zero_grad()
+        model[name](torch.randn(4, 8)).sum().backward()
+        monitor.observe(optimizer)
+    layers = {layer.name: layer for layer in monitor.flush().layers}
+    assert layers["b"].grad_norm is None
+    assert layers["b"].grad_norm_max is not None
+
+
+def test_two_optimizers_that_share_layers_make_one_chain() -> None:
+    model = mlp(24)
+    weights = [p for n, p in model.named_parameters() if n.endswith("weight")]
+    biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
+    optimizers = [torch.optim.SGD(biases, lr=0.01), torch.optim.SGD(weights, lr=0.02)]
+    session = HealthSession(model)
+    for _ in range(4):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        backward(model)
+        for optimizer in optimizers:
+            session.observe(optimizer)
+    record = session.flush()
+    assert {layer.name: layer.grad_norm for layer in record.layers} == pytest.approx(reference.layer_norms(model))
+    assert {layer.optimizer for layer in record.layers} == {0}
+    assert all(layer.learning_rate == 0.02 and layer.bias_grad_rms for layer in record.layers)
+    assert "vanishing_gradients" in session.report().conditions
+
+
+def test_an_odd_embedding_is_measured_like_any_layer() -> None:
+    class Scaled(nn.Embedding):
+        def __init__(self) -> None:
+            super().__init__(5, 3)
+            self.scale = nn.Parameter(torch.ones(3))
+
+    model = Scaled()
+    optimizer, session = torch.optim.SGD(model.parameters(), lr=0.1), HealthSession(model)
+    (model(torch.tensor([1])) * model.scale).sum().backward()
+    session.observe(optimizer)
+    optimizer.step()
+    assert session.flush().layers[0].update_to_weight is not None
+
+
 def test_frozen_unfrozen_and_added_parameters() -> None:
     model = mlp()
     for parameter in model[0].parameters():
@@ -186,17 +231,35 @@ def test_a_decision_scales_on_the_device() -> None:
     assert reference.layer_norms(model) == pytest.approx({k: v / 2 for k, v in before.items()})
 
 
-def test_an_overflow_of_squares_alone_is_not_non_finite() -> None:
-    model = nn.Linear(400, 400, bias=False)
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_squares_that_leave_the_range_of_float32_are_neither_inf_nor_zero(scale: float) -> None:
+    model = nn.Linear(400, 401, bias=False)
     optimizer, monitor = torch.optim.SGD(model.parameters(), lr=0.1), GradientMonitor(model)
-    for scale in (1.0, 1e25, 1.0):
-        model.weight.grad = torch.ones(400, 400) * scale
-        monitor.observe(optimizer, exact=False)
+    model.weight.grad = torch.ones(401, 400) * scale
+    monitor.observe(optimizer, exact=False)
     record = monitor.flush()
     assert record.non_finite_steps == 0
-    model.weight.grad = torch.full((400, 400), math.inf)
-    monitor.observe(optimizer, exact=False)
-    assert monitor.flush().non_finite_steps == 1
+    assert record.total_norm is not None
+    assert scale <= record.total_norm <= scale * 401
+    for place in ((0, 0), (200, 7), (400, 399)):
+        model.weight.grad = torch.ones(401, 400)
+        model.weight.grad[place] = math.inf
+        monitor.observe(optimizer, exact=False)
+        assert monitor.flush().non_finite_steps == 1
+
+
+def test_a_true_inf_in_the_middle_of_a_window_is_dated() -> None:
+    model = mlp()
+    optimizer, session = torch.optim.SGD(model.parameters(), lr=0.0), HealthSession(model)
+    for step in range(12):
+        optimizer.zero_grad()
+        backward(model)
+        if step == 7:
+            model[2].bias.grad[0] = math.inf
+        session.observe(optimizer)
+    session.flush()
+    (finding,) = session.report().findings
+    assert (finding.condition, finding.first_step, finding.layers) == ("non_finite", 7, ("2",))
 
 
 def test_sharded_parameters_are_refused_by_name() -> None:

@@ -103,7 +103,7 @@ def weights(norms: Sequence[float], every: int = 20) -> list[StepRecord]:
     ],
 )
 def test_depth(gain: float, depth: int, condition: Condition | None) -> None:
-    found = judged(chain(geometric(gain, depth), step) for step in (0, 1))
+    found = judged(chain(geometric(gain, depth), step) for step in range(3))
     assert set(found) == ({condition} if condition else set())
     if condition:
         finding = found[condition]
@@ -113,13 +113,24 @@ def test_depth(gain: float, depth: int, condition: Condition | None) -> None:
         assert f"l{depth - 1}" not in finding.layers
 
 
-def test_depth_takes_two_probes_and_both_measures() -> None:
-    assert not judged([chain(geometric(0.4, 30))])
+def test_depth_takes_three_records_and_all_measures() -> None:
+    assert not judged(chain(geometric(0.4, 30), step) for step in range(2))
     odd = [1e-9, *[1.0] * 19]
     assert not judged(chain(odd, step) for step in range(5))  # one odd layer at the end is no depth
-    cliff = [1e-9] * 5 + [1.0] * 15
-    found = judged(chain(cliff, step) for step in range(2))
-    assert set(found) == {Condition.VANISHING_GRADIENTS}
+    cliff = [1e-9] * 10 + [1.0] * 10
+    assert not judged(chain(cliff, step) for step in range(5))  # nor are two towers side by side
+    slope = [1e-9 * 10**i for i in range(10)]
+    assert set(judged(chain(slope, step) for step in range(3))) == {Condition.VANISHING_GRADIENTS}
+
+
+def test_an_explosion_is_told_at_once() -> None:
+    assert set(judged([chain(geometric(2.0, 20))])) == {Condition.EXPLODING_GRADIENTS}
+
+
+@pytest.mark.parametrize("last", [0.0, 1e-9])
+def test_a_loss_that_the_last_bias_does_not_change(last: float) -> None:
+    """Triplet, ranking and Wasserstein losses: the gradient of the last bias is zero but for rounding."""
+    assert not judged(chain([0.9, 1.1, 1.0, last], step) for step in range(5))
 
 
 def test_convergence_shrinks_all_alike_and_is_healthy() -> None:
@@ -133,8 +144,9 @@ def test_convergence_shrinks_all_alike_and_is_healthy() -> None:
 
 
 def test_a_dead_half_is_vanishing_and_nothing_everywhere_is_not() -> None:
-    assert Condition.VANISHING_GRADIENTS in judged(chain([0.0] * 6 + [1.0] * 6, step) for step in range(2))
-    assert Condition.VANISHING_GRADIENTS in judged(chain([0.0] * 11 + [1.0], step) for step in range(2))
+    for dead in (6, 11):
+        rms = [0.0] * dead + [1.0] * (12 - dead)
+        assert set(judged(chain(rms, step) for step in range(3))) == {Condition.VANISHING_GRADIENTS}
     assert not judged(chain([0.0] * 12, step) for step in range(3))
 
 
@@ -145,16 +157,16 @@ def test_nan_over_depth_is_no_verdict() -> None:
 def test_hysteresis_over_depth() -> None:
     rules = default_rules(THRESHOLDS)
     judgement = Judgement(rules, {})
-    for step in range(2):
+    for step in range(3):
         judgement.add(chain(geometric(0.6, 20), step))
     assert judgement.active == 1
-    judgement.add(chain(geometric(0.68, 20), 2))  # above the threshold, but not by ten times
-    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 2
-    for step in range(3, 3 + THRESHOLDS.release):
+    judgement.add(chain(geometric(0.68, 20), 3))  # above the threshold, but not by ten times
+    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 3
+    for step in range(4, 4 + THRESHOLDS.release):
         assert judgement.active == 1
         judgement.add(chain(geometric(0.95, 20), step))
     assert judgement.active == 0
-    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 2
+    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 3
 
 
 # --- over time ---
@@ -214,15 +226,31 @@ def test_non_finite_names_the_exact_step_and_place() -> None:
     assert judged([loss_only])[Condition.NON_FINITE].first_step == 0
 
 
+def test_a_loss_scaler_may_skip_now_and_then_but_not_for_ever() -> None:
+    def skipping(flags: Sequence[bool]) -> list[StepRecord]:
+        window = [StepStats(i, total_norm=None if f else 1.0, overflow=f) for i, f in enumerate(flags)]
+        return [StepRecord(step=i + 4, window=tuple(window[i : i + 5])) for i in range(0, len(window), 5)]
+
+    assert not judged(skipping([True] * 19 + [False] + [True] * 10))
+    finding = judged(skipping([False] * 3 + [True] * 37))[Condition.NON_FINITE]
+    assert finding.first_step == 3
+    assert "skipped 20 steps in a row" in finding.summary
+
+
 def test_no_gradient() -> None:
     def record(count: int) -> StepRecord:
         return StepRecord(
             step=count - 1,
-            layers=(LayerStats("head", without_grad=("head.weight",), steps_without_grad=count, optimizer=0),),
+            layers=(
+                LayerStats(
+                    "head", without_grad=("head.weight",), no_gradient_since=0, steps_without_grad=count, optimizer=0
+                ),
+            ),
         )
 
     assert not judged([record(19)])
-    assert judged([record(20)])[Condition.NO_GRADIENT].layers == ("head",)
+    finding = judged([record(20)])[Condition.NO_GRADIENT]
+    assert (finding.layers, finding.first_step) == (("head",), 0)
 
 
 # --- updates and weights ---
@@ -234,16 +262,26 @@ def test_oversized_updates() -> None:
     assert not judged(probes([[11.0, 0.01, 0.01]]))  # one layer of three
     assert not judged(probes([[0.3, 0.3], [0.01, 0.01], [0.01, 0.01]]))  # the first probe alone
     assert not judged(probes([[0.3, 0.3], [0.3, 0.3], [0.01, 0.01]]))
-    assert judged(probes([[0.3] * 2] * 3))[Condition.OVERSIZED_UPDATES].severity is Severity.WARNING
+    repeated = judged(probes([[0.01] * 2, [0.01] * 2, [0.3] * 2, [0.3] * 2]))[Condition.OVERSIZED_UPDATES]
+    assert (repeated.severity, repeated.first_step) == (Severity.WARNING, 20)
     assert not judged(probes([[0.05, 0.05]] * 10))
     assert not judged(probes([[None, None]] * 10))  # zero weights: undefined, never alarmed on
+    newborn = [
+        StepRecord(
+            step=step, probed=True, layers=(LayerStats("b", weight_norm=norm, update_to_weight=ratio, optimizer=0),)
+        )
+        for step, norm, ratio in ((0, 0.0, None), (1, 1.0, 1.2), (9, 5.0, 0.2), (19, 9.0, 0.11), (29, 10.0, 0.01))
+    ]
+    assert not judged(newborn)  # LoRA's B: a few updates are no measure of one
 
 
 def test_stalled_layers() -> None:
     found = judged(probes([[1e-8, 1e-3]] * 3))[Condition.STALLED_LAYERS]
     assert (found.layers, found.severity, found.first_step) == (("l0",), Severity.WARNING, 0)
     assert not judged(probes([[1e-8, 1e-3]] * 2))
-    assert not judged(probes([[1e-8, 1e-8]] * 5))  # all alike: a small rate, not a stalled layer
+    still = judged(probes([[1e-8, 1e-8]] * 5))[Condition.STALLED_LAYERS]  # nothing moves, nor ever did
+    assert (still.layers, still.first_step) == (("l0", "l1"), 10)  # at step 0 the rate had only just appeared
+    assert not judged(probes([[1e-3, 1e-3]] + [[1e-8, 1e-8]] * 5))  # it has moved: converged, or decayed
     assert not judged(probes([[1e-8, 1e-3], [1e-4, 1e-3]] * 5))  # not in a row
     noted = judged(probes([[1e-8, 1e-3]] * 3, rates=[1e-5, 0.1]))[Condition.STALLED_LAYERS]
     assert noted.severity is Severity.INFO  # somebody wants it slow
@@ -283,12 +321,28 @@ def noisy(level: Callable[[int], float], count: int, noise: float = 0.05) -> lis
 
 def test_loss_spike() -> None:
     falling = noisy(lambda i: 2.3 * math.exp(-i / 50), 150)
-    ones = [1.0] * 151
-    found = judged([steps(ones, [*falling, 3.0])])[Condition.LOSS_SPIKE]
-    assert found.first_step == 150
-    assert not judged([steps(ones, [*falling, 0.3])])
+    once = judged([steps([1.0] * 151, [*falling, 3.0])])[Condition.LOSS_SPIKE]
+    assert (once.first_step, once.severity) == (150, Severity.INFO)
+    lasting = judged([steps([1.0] * 153, [*falling, 3.0, 0.2, 3.5])])[Condition.LOSS_SPIKE]
+    assert (lasting.first_step, lasting.severity) == (152, Severity.WARNING)
+    assert not judged([steps([1.0] * 151, [*falling, 0.15])])
     blinded = [*falling[:100], math.nan, *falling[101:], 3.0]
-    assert judged([steps(ones, blinded)])[Condition.LOSS_SPIKE].first_step == 150
+    assert judged([steps([1.0] * 151, blinded)])[Condition.LOSS_SPIKE].first_step == 150
+
+
+def test_learning_undone_is_a_spike_even_where_losses_spread() -> None:
+    losses = noisy(lambda i: 2.3 * math.exp(-i / 30) + 0.05, 200, noise=1.2)
+    found = judged([steps([1.0] * 203, [*losses, 18.0, 0.5, 19.0])])
+    assert found[Condition.LOSS_SPIKE].severity is Severity.WARNING
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rare", [0.02, 0.05])
+def test_rare_hard_samples_are_no_warning(seed: int, rare: float) -> None:
+    source = random.Random(seed)
+    losses = [source.expovariate(1 / (8.0 if source.random() < rare else 0.2)) + 1e-3 for _ in range(1500)]
+    found = judged([steps([1.0] * 1500, losses)])
+    assert all(finding.severity is Severity.INFO for finding in found.values())
 
 
 def test_heavy_tails_near_convergence_are_no_spike() -> None:
@@ -309,7 +363,12 @@ def test_stalled_loss() -> None:
         ]
 
     flat = noisy(lambda i: 2.3, 200)
-    assert set(judged(records(flat))) == {Condition.STALLED_LOSS}
+    alone = judged(records(flat))
+    assert set(alone) == {Condition.STALLED_LOSS}
+    assert alone[Condition.STALLED_LOSS].severity is Severity.INFO  # the loss alone proves nothing
+    sick = [StepRecord(step=r.step, window=r.window, layers=chain(geometric(0.4, 20)).layers) for r in records(flat)]
+    assert judged(sick)[Condition.STALLED_LOSS].severity is Severity.WARNING
+    assert not judged(records(noisy(lambda i: 2.3 - i * 2.5e-4, 200, noise=0.005)))  # slowly, but beyond doubt
     assert not judged(records(flat[:100]))
     assert not judged(records(noisy(lambda i: 2.3 * math.exp(-i / 300), 200)))
     assert not judged(records(noisy(lambda i: 2.3 if i < 30 else 1.0, 600)))  # a plateau after learning

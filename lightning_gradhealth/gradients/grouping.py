@@ -1,303 +1,180 @@
-"""From slots to layers: rows of device vectors, and the record that a window of them makes.
+"""From slots to layers: the record that a window of rows makes.
 
-Sums first, ratios last: squares are added over the slots of a layer, and the pure functions of `records` turn
-them into ratios.
+Sums first, ratios last: squares are added over the slots of a layer, whichever optimizer steps them, and the
+pure functions of `records` turn the sums into ratios.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lightning_gradhealth.gradients.weights import WeightProbe
-from lightning_gradhealth.layers import Layout, trainable
-from lightning_gradhealth.records import (
-    LayerStats,
-    StepRecord,
-    StepStats,
-    fitted_gain,
-    norm_ratios,
-    root_mean_square,
-)
+from lightning_gradhealth.gradients.rows import Floats, HostRow
+from lightning_gradhealth.layers import Layout
+from lightning_gradhealth.records import LayerStats, StepRecord, StepStats, fitted_gain, norm_ratios
 
-Floats = NDArray[np.float64]
+Missing = Mapping[int, tuple[int, int]]
 
 
-@dataclass
-class Row:
-    """One observed optimizer step; what was measured is still on the device.
-
-    Attributes:
-        step: The loggers' x value.
-        optimizer: Its number.
-        owned: Slots of all its parameters.
-        groups: Number of the parameter group of each of them.
-        rates: Learning rate of each group (None where it lives on the device).
-        slots: Slots of the parameters that had a gradient.
-        norms: Their gradient norms, shape (len(slots),).
-        exact: The norms were accumulated in float64 throughout.
-        scaled: A loss scaler is at work: it skips steps whose gradients overflow.
-        loss: The training loss of the step.
-        probe: Weights and updates, at probed steps.
-    """
-
-    step: int
-    optimizer: int
-    owned: tuple[int, ...]
-    groups: tuple[int, ...]
-    rates: tuple[float | None, ...]
-    slots: tuple[int, ...]
-    norms: Tensor
-    exact: bool
-    scaled: bool
-    loss: Tensor | float | None = None
-    probe: WeightProbe | None = None
-
-    def vectors(self) -> list[Tensor]:
-        """The device vectors to read, in the order in which `on_host` takes them back."""
-        vectors = [self.norms]
-        if isinstance(self.loss, Tensor):
-            vectors.append(self.loss)
-        return vectors + (self.probe.vectors() if self.probe else [])
-
-    def on_host(self, values: Iterator[Sequence[float]]) -> HostRow:
-        """Take this row's vectors from what was read."""
-        norms = np.asarray(next(values), dtype=np.float64)
-        loss = next(values)[0] if isinstance(self.loss, Tensor) else self.loss
-        probe = [np.asarray(next(values)) for _ in self.probe.vectors()] if self.probe else []
-        return HostRow(self, norms, loss, *probe)
-
-    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return the row as primitives and tensors, slots by name."""
-        state = {**vars(self)}
-        state["owned"] = [names[slot] for slot in self.owned]
-        state["slots"] = [names[slot] for slot in self.slots]
-        if self.probe is not None:
-            state["probe"] = {**vars(self.probe), "slots": [names[slot] for slot in self.probe.slots]}
-        return state
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], slot_of: Mapping[str, int]) -> Row | None:
-        """Rebuild a row; None where the model no longer has all of its parameters."""
-
-        def slots(names: Sequence[str]) -> tuple[int, ...]:
-            return tuple(slot_of[name] for name in names)
-
-        try:
-            probe = state["probe"]
-            return cls(
-                **{
-                    **state,
-                    "owned": slots(state["owned"]),
-                    "slots": slots(state["slots"]),
-                    "probe": WeightProbe(**{**probe, "slots": slots(probe["slots"])}) if probe else None,
-                }
-            )
-        except KeyError:
-            return None
-
-
-@dataclass
-class HostRow:
-    """A row after the read: the same, as host numbers."""
-
-    row: Row
-    norms: Floats
-    loss: float | None
-    weights: Floats | None = None
-    sampled: Floats | None = None
-    updates: Floats | None = None
-
-    @property
-    def step(self) -> int:
-        """The loggers' x value."""
-        return self.row.step
-
-    @property
-    def probe(self) -> WeightProbe | None:
-        """The probe of this step, if it was probed."""
-        return self.row.probe
-
-    def non_finite(self, following: HostRow | None) -> NDArray[np.bool_]:
-        """Which of the norms stand for a NaN or Inf in the gradient.
-
-        Overflow under a loss scaler is its everyday business, and the step is skipped: none is reported while
-        the loss is finite. A norm in float32 blocks is Inf also where only the squares overflow: then the
-        gradients of the next step are finite again.
-        """
-        bad = ~np.isfinite(self.norms)
-        if self.row.scaled and (self.loss is None or math.isfinite(self.loss)):
-            return np.zeros_like(bad)
-        if not self.row.exact and following is not None and np.isfinite(following.norms).all():
-            return np.isnan(self.norms)
-        return bad
-
-    @property
-    def skipped_by_scaler(self) -> bool:
-        """The loss scaler met an overflow."""
-        return self.row.scaled and not bool(np.isfinite(self.norms).all())
-
-
-def make_record(layout: Layout, rows: Sequence[HostRow], without_grad: Mapping[int, int]) -> StepRecord:
+def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> StepRecord:
     """Make the record of a window.
 
     Args:
         layout: The slots and layers.
         rows: The steps of the window, at least one.
-        without_grad: Slots that have never had a gradient, and the steps for which that is so.
+        missing: Slots that have never had a gradient: the x value since when, and the steps for which.
     """
-    layer_of = np.array([slot.layer for slot in layout.slots])
-    count = len(layout.names)
-    peak: Floats = np.zeros(count)
-    bad = np.zeros(count, dtype=int)
-    window: list[StepStats] = []
-    for index, row in enumerate(rows):
-        following = next((r for r in rows[index + 1 :] if r.row.optimizer == row.row.optimizer), None)
-        slots, mask = np.array(row.row.slots, dtype=int), row.non_finite(following)
-        hit = layer_of[slots]
-        with np.errstate(over="ignore", invalid="ignore"):
-            norms = np.sqrt(np.bincount(hit, row.norms**2, count))
-        peak = np.fmax(peak, np.where(np.isfinite(norms), norms, 0.0))
-        bad += np.bincount(hit, mask, count) > 0
-        rates = [rate for rate in row.row.rates if rate is not None]
-        window.append(
-            StepStats(
-                step=row.step,
-                optimizer=row.row.optimizer,
-                total_norm=_total(row) if len(slots) and not row.skipped_by_scaler else None,
-                loss=row.loss,
-                non_finite=bool(mask.any()),
-                learning_rate=max(rates, default=None),
-            )
-        )
-    last = {row.row.optimizer: row for row in sorted(rows, key=lambda row: not row.skipped_by_scaler)}
-    probes = {row.row.optimizer: row for row in rows if row.probe is not None}
-    layers: dict[int, LayerStats] = {}
-    gains: list[float | None] = []
-    for number, row in last.items():
-        own = _layers_of(layout, row, probes.get(number), without_grad, peak, bad)
-        layers |= own
-        gains.append(fitted_gain([s.bias_grad_rms for s in own.values() if s.bias_grad_rms is not None]))
-    totals = [_total(row) for row in last.values() if len(row.norms) and not row.skipped_by_scaler]
+    table = _Table(layout)
+    for row in rows:
+        table.add(row)
+    layers = _layers(layout, table, missing)
+    totals = {row.row.optimizer: total for row in rows if (total := row.total_norm) is not None}
+    window = tuple(_step(row) for row in rows)
     finite = [s.total_norm for s in window if s.total_norm is not None and math.isfinite(s.total_norm)]
+    chains: dict[int, list[float]] = {}
+    for layer in layers:
+        if layer.optimizer is not None and layer.bias_grad_rms is not None:
+            chains.setdefault(layer.optimizer, []).append(layer.bias_grad_rms)
+    gains = [gain for chain in chains.values() if (gain := fitted_gain(chain)) is not None]
     return StepRecord(
         step=rows[-1].step,
-        total_norm=math.hypot(*totals) if totals else None,
+        total_norm=math.hypot(*totals.values()) if totals else None,
         total_norm_max=max(finite, default=None),
-        layers=tuple(layers.get(layer) or _idle(layout, layer) for layer in layout.order()),
-        window=tuple(window),
-        probed=bool(probes),
-        backward_gain=max((g for g in gains if g is not None), key=_distance_from_one, default=None),
+        layers=layers,
+        window=window,
+        probed=any(row.row.probe is not None for row in rows),
+        backward_gain=max(gains, key=_distance_from_one, default=None),
     )
-
-
-def _total(row: HostRow) -> float:
-    return float(np.sqrt(np.sum(row.norms**2)))
 
 
 def _distance_from_one(gain: float) -> float:
     return abs(math.log(gain)) if 0.0 < gain < math.inf else math.inf
 
 
-def _layers_of(
-    layout: Layout,
-    row: HostRow,
-    probed: HostRow | None,
-    without_grad: Mapping[int, int],
-    peak: Floats,
-    bad: NDArray[np.int_],
-) -> dict[int, LayerStats]:
-    """The layers of one optimizer at its last step, in order of first use."""
-    own = _Grouped(layout, row)
-    weights = own.weight_ratios(probed) if probed else {}
-    mine = [layer for layer in layout.order() if own.owned[layer]]
-    ratios = norm_ratios([own.rms(layer) for layer in mine])
-    layers = {}
-    for layer, ratio in zip(mine, ratios, strict=True):
-        missing = [slot for slot in own.owned[layer] if slot in without_grad]
-        layers[layer] = LayerStats(
+def _step(row: HostRow) -> StepStats:
+    return StepStats(
+        step=row.step,
+        optimizer=row.row.optimizer,
+        total_norm=row.total_norm,
+        loss=row.loss,
+        non_finite=not row.overflow and not bool(np.isfinite(row.norms).all()),
+        overflow=row.overflow,
+        learning_rate=max((rate for rate in row.row.rates if rate is not None), default=None),
+    )
+
+
+class _Table:
+    """What is known of every slot at the end of a window, and of every layer over it."""
+
+    def __init__(self, layout: Layout) -> None:
+        slots, layers = len(layout.slots), len(layout.names)
+        self.layer_of = np.array([slot.layer for slot in layout.slots], dtype=np.intp)
+        self.numel = np.array([slot.parameter.numel() for slot in layout.slots], dtype=np.float64)
+        self.value: Floats = np.zeros(slots)  # norm of the latest gradient
+        self.present = np.zeros(slots, dtype=bool)  # it had one at its optimizer's last step
+        self.owner = np.full(slots, -1)
+        self.rate: Floats = np.full(slots, np.nan)
+        self.squares: Floats = np.zeros((4, slots))  # of weights, samples, updates and gradients, at probes
+        self.peak: Floats = np.zeros(layers)
+        self.seen = np.zeros(layers, dtype=bool)
+        self.bad = np.zeros(layers, dtype=np.intp)
+        self.probed = np.zeros(slots, dtype=bool)
+
+    def by_layer(self, values: NDArray[np.float64] | NDArray[np.bool_]) -> Floats:
+        """Sum over the slots of each layer."""
+        return np.asarray(np.bincount(self.layer_of, values, len(self.peak)), dtype=np.float64)
+
+    def norms(self) -> Floats:
+        """Latest gradient norm of each layer."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms: Floats = np.sqrt(self.by_layer(np.where(self.present, self.value, 0.0) ** 2))
+        return norms
+
+    def add(self, row: HostRow) -> None:
+        """Take in one step."""
+        owned, groups, slots = row.row.pattern.arrays
+        self.owner[owned] = row.row.optimizer
+        rates = np.array([np.nan if rate is None else rate for rate in row.row.rates])
+        self.rate[owned] = rates[groups]
+        if row.overflow:
+            return
+        self.present[owned] = False
+        self.present[slots] = True
+        self.value[slots] = row.norms
+        hit = self.layer_of[slots]
+        self.seen[hit] = True
+        norms = self.norms()
+        self.peak = np.fmax(self.peak, np.where(np.isfinite(norms), norms, 0.0))
+        self.bad += np.bincount(hit, ~np.isfinite(row.norms), len(self.peak)) > 0
+        probe = row.row.probe
+        if probe is not None and row.weights is not None and row.sampled is not None:
+            updates = np.full(len(slots), np.nan) if row.updates is None else row.updates
+            scale = np.asarray(probe.scale)
+            squares = (row.weights**2, scale * row.sampled**2, scale * updates**2, row.norms**2)
+            self.squares[:, slots] = np.stack(squares)
+            self.probed[slots] = True
+
+
+def _components(table: _Table) -> dict[int, int]:
+    """The optimizers that share a layer count as one: each by the smallest number among them."""
+    root = {int(number): int(number) for number in np.unique(table.owner) if number >= 0}
+    first: dict[int, int] = {}
+    for layer, number in set(zip(table.layer_of.tolist(), table.owner.tolist(), strict=True)):
+        other = first.setdefault(layer, number) if number >= 0 else number
+        if other != number:
+            both = {root[number], root[other]}
+            root = {n: min(both) if found in both else found for n, found in root.items()}
+    return root
+
+
+def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats, ...]:
+    """The statistics of every layer, in order of first use."""
+    order = layout.order()
+    norms = table.norms()
+    present = table.by_layer(table.present)
+    numel = np.where(present > 0, table.by_layer(table.numel * table.present), table.by_layer(table.numel))
+    signal = np.zeros(len(layout.slots), dtype=bool)
+    signal[layout.signal_slots()] = True
+    signal &= table.present
+    bias_numel = table.by_layer(table.numel * signal)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        rms = norms / np.sqrt(numel)
+        bias_rms = np.sqrt(table.by_layer(np.where(signal, table.value, 0.0) ** 2) / bias_numel)
+        weights, samples, updates, gradients = (np.sqrt(table.by_layer(row)) for row in table.squares)
+    root = _components(table)
+    owners = {layer: root[int(table.owner[s])] for s, layer in enumerate(table.layer_of) if table.owner[s] >= 0}
+    ratios: dict[int, float | None] = {}
+    for number in set(owners.values()):
+        mine = [layer for layer in order if owners.get(layer) == number]
+        values = norm_ratios([float(rms[layer]) if present[layer] else None for layer in mine])
+        ratios.update(zip(mine, values, strict=True))
+
+    def one(layer: int) -> LayerStats:
+        slots = layout.members[layer]
+        lacking = [slot for slot in slots if slot in missing]
+        weight, sample, update = float(weights[layer]), float(samples[layer]), float(updates[layer])
+        rates = [float(table.rate[slot]) for slot in slots if not math.isnan(table.rate[slot])]
+        return LayerStats(
             name=layout.names[layer],
-            numel=own.numel(layer),
-            grad_norm=own.norm(layer),
-            grad_norm_max=float(peak[layer]) if own.present[layer] else None,
-            norm_ratio=ratio,
-            non_finite=int(bad[layer]),
-            bias_grad_rms=own.bias_rms(layer),
-            learning_rate=max((rate for rate in own.rates[layer] if rate is not None), default=None),
-            frozen=not trainable(layout.slots[slot].parameter for slot in own.owned[layer]),
-            without_grad=tuple(layout.slots[slot].name for slot in missing),
-            steps_without_grad=max((without_grad[slot] for slot in missing), default=0),
-            optimizer=row.row.optimizer,
-            **weights.get(layer, {}),
+            numel=int(numel[layer]),
+            grad_norm=float(norms[layer]) if present[layer] else None,
+            grad_norm_max=float(table.peak[layer]) if table.seen[layer] else None,
+            norm_ratio=ratios.get(layer),
+            non_finite=int(table.bad[layer]),
+            bias_grad_rms=float(bias_rms[layer]) if bias_numel[layer] else None,
+            weight_norm=weight if table.probed[slots].any() else None,
+            grad_to_weight=float(gradients[layer]) / weight if weight else None,
+            update_to_weight=update / sample if sample and not math.isnan(update) else None,
+            learning_rate=max(rates, default=None),
+            frozen=not any(layout.slots[slot].parameter.requires_grad for slot in slots),
+            cancelled=all(slot in layout.cancelled_slots() for slot in slots),
+            without_grad=tuple(layout.slots[slot].name for slot in lacking),
+            no_gradient_since=min((missing[slot][0] for slot in lacking), default=None),
+            steps_without_grad=max((missing[slot][1] for slot in lacking), default=0),
+            optimizer=owners.get(layer),
         )
-    return layers
 
-
-def _idle(layout: Layout, layer: int) -> LayerStats:
-    """A layer that no optimizer stepped in the window."""
-    parameters = [layout.slots[slot].parameter for slot in layout.members[layer]]
-    return LayerStats(layout.names[layer], numel=sum(p.numel() for p in parameters), frozen=not trainable(parameters))
-
-
-class _Grouped:
-    """The slots of one optimizer's last step, by layer."""
-
-    def __init__(self, layout: Layout, row: HostRow) -> None:
-        self._layout = layout
-        self._value = dict(zip(row.row.slots, row.norms.tolist(), strict=True))
-        self._signal = set(layout.signal_slots())
-        self.owned: list[list[int]] = [[] for _ in layout.names]
-        self.rates: list[list[float | None]] = [[] for _ in layout.names]
-        for slot, group in zip(row.row.owned, row.row.groups, strict=True):
-            self.owned[layout.slots[slot].layer].append(slot)
-            self.rates[layout.slots[slot].layer].append(row.row.rates[group])
-        self.present = [[slot for slot in slots if slot in self._value] for slots in self.owned]
-
-    def numel(self, layer: int) -> int:
-        slots = self.present[layer] or self.owned[layer]
-        return sum(self._layout.slots[slot].parameter.numel() for slot in slots)
-
-    def norm(self, layer: int) -> float | None:
-        slots = self.present[layer]
-        return math.hypot(*(self._value[slot] for slot in slots)) if slots else None
-
-    def rms(self, layer: int) -> float | None:
-        norm = self.norm(layer)
-        return None if norm is None else root_mean_square(norm, self.numel(layer))
-
-    def bias_rms(self, layer: int) -> float | None:
-        slots = [slot for slot in self.present[layer] if slot in self._signal]
-        numel = sum(self._layout.slots[slot].parameter.numel() for slot in slots)
-        return root_mean_square(math.hypot(*(self._value[s] for s in slots)), numel) if slots else None
-
-    def weight_ratios(self, probed: HostRow) -> dict[int, dict[str, float | None]]:
-        """weight_norm, grad_to_weight and update_to_weight of every layer that was probed."""
-        probe, result = probed.probe, {}
-        if probe is None or probed.weights is None or probed.sampled is None:
-            return {}
-        scale = np.asarray(probe.scale)
-        change = np.full(len(scale), np.nan) if probed.updates is None else probed.updates
-        squares = (probed.weights**2, scale * probed.sampled**2, scale * change**2)
-        layer_of = np.array([self._layout.slots[slot].layer for slot in probe.slots], dtype=int)
-        weights, samples, updates = (
-            np.sqrt(np.bincount(layer_of, column, len(self.owned))).tolist() for column in squares
-        )
-        gradients = dict(zip(probed.row.slots, probed.norms.tolist(), strict=True))
-        for layer in set(layer_of.tolist()):
-            gradient = math.hypot(*(gradients[slot] for slot in self.owned[layer] if slot in gradients))
-            weight, sample, update = weights[layer], samples[layer], updates[layer]
-            result[layer] = {
-                "weight_norm": weight,
-                "grad_to_weight": gradient / weight if weight else None,
-                "update_to_weight": update / sample if sample and not math.isnan(update) else None,
-            }
-        return result
-
-
-__all__ = ["HostRow", "Row", "make_record"]
+    return tuple(one(layer) for layer in order)

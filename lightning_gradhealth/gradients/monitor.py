@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradhealth.gradients.grouping import HostRow, Row, make_record
+from lightning_gradhealth.gradients.grouping import make_record
 from lightning_gradhealth.gradients.norms import norms, read_once
+from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.layers import LayersSpec, Layout
 from lightning_gradhealth.records import StepRecord
 from lightning_gradhealth.sharding import is_sharded
@@ -79,21 +80,22 @@ class GradientMonitor:
     def __init__(self, model: nn.Module, layers: LayersSpec = "module") -> None:
         self.layout = Layout(model, layers)
         self.rows: deque[Row] = deque(maxlen=CAPACITY)
-        self._optimizers: list[int] = []
+        self._optimizers: list[Optimizer] = []
         self._observed: list[int] = []
         self._had_grad: set[int] = set()
-        self._without_grad: dict[int, int] = {}
-        self._pattern: dict[int, tuple[int, ...]] = {}
+        self._without_grad: dict[int, tuple[int, int]] = {}  # slot -> x value since when, steps for which
+        self._patterns: dict[int, Pattern] = {}
 
     # --- every step ---
 
     def index_of(self, optimizer: Optimizer) -> int:
         """Number of an optimizer, in the order in which they were first met."""
-        if id(optimizer) not in self._optimizers:
-            self._optimizers.append(id(optimizer))
-        index = self._optimizers.index(id(optimizer))
-        self._observed.extend([0] * (index + 1 - len(self._observed)))
-        return index
+        for index, known in enumerate(self._optimizers):
+            if known is optimizer:
+                return index
+        self._optimizers.append(optimizer)
+        self._observed.extend([0] * (len(self._optimizers) - len(self._observed)))
+        return len(self._optimizers) - 1
 
     def steps_of(self, optimizer: Optimizer) -> int:
         """Steps observed of this optimizer so far."""
@@ -112,7 +114,7 @@ class GradientMonitor:
 
         Args:
             optimizer: The optimizer that is about to step.
-            step: The loggers' x value; None counts the steps of this optimizer from 0.
+            step: The loggers' x value; None counts from 0 the steps of the optimizer that stepped most.
             grad_scaler: The scaler of the loss; gradients it has not unscaled yet are measured as if it had.
             exact: False allows large tensors on a CPU to be summed in float32 blocks.
 
@@ -120,33 +122,25 @@ class GradientMonitor:
             RuntimeError: A parameter is only this rank's shard.
         """
         number = self.index_of(optimizer)
-        owned, groups, slots, gradients = self._scan(optimizer)
-        vector = norms(gradients, exact=exact)
-        if grad_scaler is not None and grad_scaler.is_enabled() and gradients:
-            vector = _unscaled(vector, optimizer, grad_scaler)
-        self.rows.append(
-            Row(
-                step=self._observed[number] if step is None else step,
-                optimizer=number,
-                owned=owned,
-                groups=groups,
-                rates=tuple(_rate(group) for group in optimizer.param_groups),
-                slots=slots,
-                norms=vector,
-                exact=exact,
-                scaled=grad_scaler is not None and grad_scaler.is_enabled(),
-            )
-        )
         self._observed[number] += 1
+        if step is None:
+            step = max(self._observed) - 1
+        pattern, gradients = self._scan(optimizer, number, step)
+        vector = norms(gradients, exact=exact)
+        scaled = grad_scaler is not None and grad_scaler.is_enabled()
+        if grad_scaler is not None and scaled and gradients:
+            vector = _unscaled(vector, optimizer, grad_scaler)
+        rates = tuple(_rate(group) for group in optimizer.param_groups)
+        self.rows.append(Row(step, number, pattern, rates, vector, scaled))
         return Decision(optimizer, vector)
 
-    def _scan(self, optimizer: Optimizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], list[Tensor]]:
-        """The slots of an optimizer, their parameter groups, those with a gradient, and the gradients."""
+    def _scan(self, optimizer: Optimizer, number: int, step: int) -> tuple[Pattern, list[Tensor]]:
+        """What an optimizer steps and which of it has a gradient, and the gradients."""
         owned: list[int] = []
         groups: list[int] = []
         slots: list[int] = []
         gradients: list[Tensor] = []
-        number, slot_of = self.index_of(optimizer), self.layout.slot_of
+        slot_of = self.layout.slot_of
         for group_number, group in enumerate(optimizer.param_groups):
             parameters = group["params"]
             groups += [group_number] * len(parameters)
@@ -160,20 +154,23 @@ class GradientMonitor:
                     slots.append(slot)
                     gradients.append(gradient)
                 elif parameter.requires_grad and slot not in self._had_grad:
-                    self._without_grad[slot] = self._without_grad.get(slot, 0) + 1
-        pattern = tuple(slots)
-        if self._pattern.get(number) != pattern:
-            for watched in (self.layout.slots[slot] for slot in owned):
-                if is_sharded(watched.parameter):
-                    raise RuntimeError(
-                        f"{watched.name!r} is a shard of the whole; gradient norms under FSDP and tensor"
-                        " parallelism are not supported yet: use DDP or a single device"
-                    )
-            self._pattern[number] = pattern
-            self._had_grad.update(slots)
-            for slot in slots:
-                self._without_grad.pop(slot, None)
-        return tuple(owned), tuple(groups), self._pattern[number], gradients
+                    since, count = self._without_grad.get(slot, (step, 0))
+                    self._without_grad[slot] = since, count + 1
+        pattern = Pattern(tuple(owned), tuple(groups), tuple(slots))
+        known = self._patterns.get(number)
+        if known == pattern:
+            return known, gradients
+        for watched in (self.layout.slots[slot] for slot in owned):
+            if is_sharded(watched.parameter):
+                raise RuntimeError(
+                    f"{watched.name!r} is a shard of the whole; gradient norms under FSDP and tensor"
+                    " parallelism are not supported yet: use DDP or a single device"
+                )
+        self._patterns[number] = pattern
+        self._had_grad.update(slots)
+        for slot in slots:
+            self._without_grad.pop(slot, None)
+        return pattern, gradients
 
     def _find_slot(self, parameter: nn.Parameter, fallback: str) -> int:
         """The slot of a parameter that the model has gained, or that only the optimizer knows."""
@@ -212,10 +209,13 @@ class GradientMonitor:
         windows: list[list[HostRow]] = [[]]
         for row in rows:
             before = windows[-1]
-            if before and row.step != before[-1].step and any(r.probe and r.step == before[-1].step for r in before):
+            step = before[-1].step if before else row.step
+            if row.step != step and any(known.row.probe and known.step == step for known in before):
                 windows.append([])
             windows[-1].append(row)
-        return [make_record(self.layout, window, self._without_grad) for window in windows if window]
+        full = [window for window in windows if window]
+        # what is missing is known as of now: it belongs to the latest record only
+        return [make_record(self.layout, window, self._without_grad if window is full[-1] else {}) for window in full]
 
     def flush(self) -> StepRecord:
         """Read everything since the last flush in one transfer, and start a new window.
@@ -235,20 +235,22 @@ class GradientMonitor:
         return {
             "observed": list(self._observed),
             "had_grad": sorted(names[slot] for slot in self._had_grad),
-            "without_grad": {names[slot]: count for slot, count in self._without_grad.items()},
+            "without_grad": {names[slot]: list(entry) for slot, entry in self._without_grad.items()},
             "used": self.layout.used,
-            "rows": [row.state_dict(names) for row in self.rows],
+            **rows_to_state(self.rows, names),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; parameters that the model no longer has are forgotten."""
         slot_of = {slot.name: i for i, slot in enumerate(self.layout.slots)}
         self._observed = list(state["observed"])
+        self._observed.extend([0] * (len(self._optimizers) - len(self._observed)))
         self._had_grad = {slot_of[name] for name in state["had_grad"] if name in slot_of}
-        self._without_grad = {slot_of[n]: c for n, c in state["without_grad"].items() if n in slot_of}
+        self._without_grad = {
+            slot_of[name]: (since, count) for name, (since, count) in state["without_grad"].items() if name in slot_of
+        }
         self.layout.record_use(state["used"])
-        rows = (Row.from_state(row, slot_of) for row in state["rows"])
-        self.rows = deque((row for row in rows if row is not None), maxlen=CAPACITY)
+        self.rows = deque(rows_from_state(state, slot_of), maxlen=CAPACITY)
 
 
 def _rate(group: dict[str, Any]) -> float | None:

@@ -1,9 +1,9 @@
 """Accurate L2 norms of many tensors as one device vector, with no host read.
 
-Small tensors are summed in float64 by one foreach call. Large ones are reduced to float32 norms of blocks that
-are then summed in float64: as fast as plain float32 on a CPU and right to 3e-7 at any size, but float32 squares
-leave its range beyond 1.8e19 and below 1e-22. Where `exact` is asked for, and on GPUs, where the reduction
-waits for memory anyway, everything is accumulated in float64.
+Small tensors are summed in float64 by one foreach call. Large float32 ones on a CPU are reduced to float32 norms
+of blocks that are then summed in float64: as fast as plain float32 and right to 3e-7 at any size, but float32
+squares leave its range beyond 1.8e19 and below 1e-22. Where `exact` is asked for, and on GPUs, where the
+reduction waits for memory anyway, everything is accumulated in float64. MPS knows no float64.
 """
 
 from __future__ import annotations
@@ -48,14 +48,19 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _blocked(tensor: Tensor, total: torch.dtype) -> Tensor:
-    """Norm of a large tensor: float32 norms of blocks, combined in `total`."""
+    """Norm of a large float32 tensor: float32 norms of blocks, combined in `total`.
+
+    Where the squares leave float32's range, the result is the norm of the largest block alone, looked at again
+    in `total`: too small, but neither Inf nor 0 unless an element is. (An Inf in a tensor of which another
+    block overflows may stay unseen at this step.)
+    """
     flat = _flat(tensor)
     whole = flat.numel() // _BLOCK * _BLOCK
-    parts = [torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1, dtype=torch.float32)]
-    if whole < flat.numel():
-        parts.append(torch.linalg.vector_norm(flat[whole:], dtype=torch.float32).reshape(1))
-    norm: Tensor = torch.linalg.vector_norm(torch.cat(parts), dtype=total)
-    return norm
+    blocks, rest = flat[:whole].view(-1, _BLOCK), torch.linalg.vector_norm(flat[whole:], dtype=total)
+    parts = torch.linalg.vector_norm(blocks, dim=1)
+    norm = torch.linalg.vector_norm(parts, dtype=total)
+    largest = torch.linalg.vector_norm(blocks.index_select(0, parts.argmax().reshape(1)), dtype=total)
+    return torch.hypot(torch.where(norm.isfinite() & (norm > 0), norm, largest), rest)
 
 
 def norms(tensors: Sequence[Tensor], *, exact: bool = True) -> Tensor:
@@ -64,7 +69,8 @@ def norms(tensors: Sequence[Tensor], *, exact: bool = True) -> Tensor:
     Args:
         tensors: Any number of tensors of any shape, dtype, layout and device.
         exact: Accumulate everything in float64, so that the result is right to 1e-12 wherever float64 can
-            hold the squares. False: large tensors on a CPU in float32 blocks (see the module).
+            hold the squares. False: large float32 tensors on a CPU in blocks (see the module); NaN, Inf and 0
+            are right all the same.
 
     Returns:
         Shape (len(tensors),), float64 (float32 on devices without it), on the first tensor's device.
@@ -81,10 +87,10 @@ def norms(tensors: Sequence[Tensor], *, exact: bool = True) -> Tensor:
         view = dense(tensor)
         device, dtype = view.device, view.dtype
         if device.type == "cpu" and view.numel() > _SMALL:
-            whole = exact or dtype is torch.float64
-            results[index] = _chunked(view) if whole else _blocked(view, torch.float64)
+            quick = dtype is torch.float32 and not exact
+            results[index] = _blocked(view, torch.float64) if quick else _chunked(view)
         elif device.type == "mps":
-            results[index] = _blocked(view, torch.float32)
+            results[index] = torch.linalg.vector_norm(view, dtype=torch.float32)
         else:
             indices, views = batches.setdefault((device, dtype), ([], []))
             indices.append(index)
@@ -118,7 +124,7 @@ def read_once(vectors: Sequence[Tensor]) -> list[list[float]]:
     """
     if not vectors:
         return []
-    device = vectors[0].device
+    device = next((vector.device for vector in vectors if vector.device.type != "cpu"), vectors[0].device)
     dtype = torch.float32 if device.type == "mps" else torch.float64
     flat = torch.cat([vector.detach().reshape(-1).to(device, dtype) for vector in vectors]).tolist()
     result, start = [], 0

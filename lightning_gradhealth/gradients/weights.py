@@ -88,14 +88,12 @@ class WeightProbe:
     """What one probed step of one optimizer measured, still on the device.
 
     Attributes:
-        slots: The slots that were measured.
-        scale: For each, elements of the parameter over elements of its sample (1 for embeddings).
-        weights: Norms of the whole parameters before the step, shape (len(slots),).
+        scale: For each parameter with a gradient, its elements over those of its sample (1 for embeddings).
+        weights: Norms of the whole parameters before the step, shape (len(scale),).
         sampled: Norms of their samples before the step, same shape.
         updates: Norms of what the step added to the samples; None until it is done.
     """
 
-    slots: tuple[int, ...]
     scale: tuple[float, ...]
     weights: Tensor
     sampled: Tensor
@@ -110,13 +108,12 @@ class WeightWatch:
     """Watches the weights of one optimizer over one step: made before the step, closed after it.
 
     Args:
-        slots: Slot numbers of the parameters that are about to be stepped.
-        parameters: The slots themselves, in the same order.
+        parameters: The slots of the parameters that are about to be stepped.
         indices: Cache of `sample_indices` by parameter size and device.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2, 1))
-        >>> watch = WeightWatch([0], [Slot("weight", weight, 0, "", is_bias=False, is_embedding=False)], {})
+        >>> watch = WeightWatch([Slot("weight", weight, 0, "", is_bias=False, is_embedding=False)], {})
         >>> _ = weight.data.mul_(1.5)
         >>> watch.close()
         >>> round((watch.probe.updates / watch.probe.sampled).item(), 6)
@@ -126,14 +123,12 @@ class WeightWatch:
     @torch.no_grad()
     def __init__(
         self,
-        slots: Sequence[int],
         parameters: Sequence[Slot],
         indices: dict[tuple[int, torch.device], Tensor],
     ) -> None:
         self._samplers = [Sampler(slot, indices) for slot in parameters]
         self._before = [sampler.take() for sampler in self._samplers]
         self.probe = WeightProbe(
-            slots=tuple(slots),
             scale=tuple(1.0 if slot.is_embedding else max(1.0, slot.parameter.numel() / SAMPLE) for slot in parameters),
             weights=norms([slot.parameter for slot in parameters], exact=False),
             sampled=norms(self._before),

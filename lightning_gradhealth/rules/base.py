@@ -23,7 +23,9 @@ class Thresholds:
             healthy >= 6e-3, sick <= 5e-6.
         depth_critical: The same, beyond hope: half of float32's 7 digits are gone.
         depth_layers: Fewer layers than this have no depth to judge.
-        depth_probes: Probes in a row for a verdict over depth; the first two steps are probed.
+        depth_probes: Records in a row for vanishing gradients; steps 0 and 1 alone prove nothing, as a head
+            that starts at zero lets nothing through at first.
+        explosion_probes: The same for exploding ones: the next step may be NaN.
         time_ratio: Total norm over the median of the last `time_window` finite ones: an explosion in time.
             Measured: healthy <= 4, spikes >= 3.9e3.
         time_window: Steps in that median.
@@ -40,15 +42,20 @@ class Thresholds:
         stalled_update: `|dw|/|w|` below which a layer stands still (float32 rounds at 6e-8) while ...
         moving_update: ... another layer of the same optimizer is above this.
         stalled_probes: Probes in a row for that.
+        overflow_steps: Steps in a row that a loss scaler skips before it is no longer its everyday business;
+            halving the scale 20 times brings any usual one below 1.
         no_gradient_steps: Steps without any gradient before a parameter is reported.
         spike_sigmas: Robust standard deviations above the median loss. Measured: healthy <= 6.7.
-        spike_log_sigmas: The same on a logarithmic scale, where the loss is still below the run's first one.
-            Hard batches of nets that have converged stay below it.
+        spike_log_sigmas: The same on a logarithmic scale, on which the losses of single batches spread near
+            convergence; hard batches of nets that have converged stay below it.
+        spike_recurs: Spikes of a single step within 1,000 steps, after which they are the nature of this loss.
         spike_median: A spike is also more than this many times the median loss ...
         spike_fall: ... and more than this share of the fall of the loss so far.
         stalled_steps: Steps, at a rate that has stopped rising, before a loss can be stalled.
         stalled_fall: The upper 2-sigma bound of the fall of the loss, as a share of its start, below which it
             has not moved.
+        learning_fall: A fall by this share of the start that is also beyond 2 sigma is learning, if slow; an output
+            bias that fits the frequencies of ten balanced classes gains less.
         release: Clear verdicts in a row after which a finding is no longer active.
 
     Example:
@@ -59,7 +66,8 @@ class Thresholds:
     depth_ratio: float = 1e-3
     depth_critical: float = 1e-6
     depth_layers: int = 4
-    depth_probes: int = 2
+    depth_probes: int = 3
+    explosion_probes: int = 1
     time_ratio: float = 1e3
     time_window: int = 100
     time_warmup: int = 5
@@ -73,13 +81,16 @@ class Thresholds:
     stalled_update: float = 1e-6
     moving_update: float = 1e-4
     stalled_probes: int = 3
+    overflow_steps: int = 20
     no_gradient_steps: int = 20
     spike_sigmas: float = 10.0
     spike_log_sigmas: float = 5.0
+    spike_recurs: int = 3
     spike_median: float = 2.0
     spike_fall: float = 0.1
     stalled_steps: int = 100
     stalled_fall: float = 0.05
+    learning_fall: float = 0.003
     release: int = 3
 
     def __post_init__(self) -> None:
@@ -147,6 +158,7 @@ class Rule:
     condition: str = ""
     patience: int = 1
     per_layer: bool = False
+    needs_support: bool = False  # on its own it is worth an info; a warning only beside another finding
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self.thresholds = thresholds or Thresholds()
@@ -191,8 +203,14 @@ class Rule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rule remembers, as primitives, lists and dicts."""
+        memory = copy.deepcopy(self.memory)
+        if not _is_plain(memory):
+            raise TypeError(
+                f"{type(self).__name__}.memory must hold numbers, strings, lists and dicts only, got {memory!r};"
+                " a checkpoint takes nothing else"
+            )
         return {
-            "memory": copy.deepcopy(self.memory),
+            "memory": memory,
             "streaks": dict(self._streaks),
             "clear": self._clear,
             "active": self.active,
@@ -204,6 +222,15 @@ class Rule:
         self._streaks = {key: (first, count) for key, (first, count) in state["streaks"].items()}
         self._clear = state["clear"]
         self.active = state["active"]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value survives `torch.load(weights_only=True)`."""
+    if type(value) is dict:
+        return all(_is_plain(part) for pair in value.items() for part in pair)
+    if type(value) in (list, tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def keep_last(values: list[float], value: float | None, size: int) -> None:

@@ -45,8 +45,8 @@ class DepthRule(Rule):
     """Vanishing or exploding gradients over depth, by the biases' gradients.
 
     A bias gradient is the batch sum of dL/d(output), so its RMS stands in for the backward signal. The median
-    of the first quarter of the layers is held against that of the last, and the fitted gain to the power of
-    the depth must agree: one odd layer at either end is no verdict.
+    of the first quarter of the layers is held against that of the last, the fitted gain to the power of the
+    depth must agree, and the fall must not be the work of a single step from one layer to the next.
 
     Args:
         vanishing: True looks for vanishing, False for exploding gradients.
@@ -57,12 +57,10 @@ class DepthRule(Rule):
         super().__init__(thresholds)
         self.vanishing = vanishing
         self.condition = Condition.VANISHING_GRADIENTS if vanishing else Condition.EXPLODING_GRADIENTS
-        self.patience = self.thresholds.depth_probes
+        self.patience = self.thresholds.depth_probes if vanishing else self.thresholds.explosion_probes
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge every optimizer's chain of layers; the worst one counts."""
-        if not record.probed:
-            return NOT_MEASURED
         chains = [
             [(layer.name, layer.bias_grad_rms) for layer in layers if layer.bias_grad_rms is not None]
             for layers in by_optimizer(record)
@@ -81,51 +79,46 @@ class DepthRule(Rule):
         names, rms = [name for name, _ in chain], [value for _, value in chain]
         quarter = max(1, len(chain) // 4)
         first, last = median(rms[:quarter]), median(rms[-quarter:])
-        if last == 0.0:
+        if last == 0.0 and self.vanishing:
             last = max(rms[-quarter:])  # dead already inside the last quarter
-        if last == 0.0 and first == 0.0:
-            return None  # no gradient anywhere is not a matter of depth
-        ratio = first / last if last > 0.0 else math.inf
-        gain = fitted_gain(rms)
-        if first == 0.0 or last == 0.0:
-            whole = ratio  # zeros have no logarithm, so the fit knows nothing of them
-        elif gain is None:
-            return None
-        else:
+        if last == 0.0:
+            return None  # nothing anywhere, or a loss to which the last bias makes no difference
+        ratio, gain = first / last, fitted_gain(rms)
+        if first > 0.0:
+            if gain is None:
+                return None
             whole = gain ** (len(chain) - 1)
-        if not self.vanishing:
-            ratio, whole = _inverse(ratio), _inverse(whole)
+            hops = [math.log(b / a) for a, b in zip(rms, rms[1:], strict=False) if a > 0.0 and b > 0.0]
+        else:
+            whole, hops = ratio, [0.0]  # zeros have no logarithm
+        sign = 1 if self.vanishing else -1
         # while active it takes ten times as good a signal to be clear again
-        limit = self.thresholds.depth_ratio * (10 if self.active else 1)
-        if ratio >= limit or whole >= limit:
+        limit = math.log(self.thresholds.depth_ratio * (10 if self.active else 1))
+        fall, fitted = (sign * (math.log(v) if v > 0.0 else -math.inf) for v in (ratio, whole))
+        if fall >= limit or fitted >= limit:
+            return None
+        # towers side by side, a weak auxiliary loss, one blocked layer: a single step is no matter of depth
+        if fall + max(sign * hop for hop in hops) >= limit / 2:
             return None
         verb = "vanish" if self.vanishing else "explode"
-        share = first / last if last else math.inf
+        bound = last * math.exp(sign * limit / 2)
         reach = f", gain {gain:.2g} per layer" if gain is not None else ""
-        concerned = [
-            name
-            for name, value in chain
-            if (value < last * math.sqrt(limit) if self.vanishing else value > last / math.sqrt(limit))
-        ]
+        concerned = [name for name, value in chain if (value < bound if self.vanishing else value > bound)]
         return Verdict(
-            severity=Severity.CRITICAL if ratio < self.thresholds.depth_critical else Severity.WARNING,
+            severity=Severity.CRITICAL if fall < math.log(self.thresholds.depth_critical) else Severity.WARNING,
             summary=(
                 f"gradients {verb} on the way to the first layers: the signal at {names[0]} is"
-                f" {f'{share:.1e}' if share else 'nothing'} of that at {names[-1]} over {len(chain)} layers{reach}"
+                f" {f'{ratio:.1e}' if ratio else 'nothing'} of that at {names[-1]} over {len(chain)} layers{reach}"
             ),
             remedy=_DEPTH_CURE if self.vanishing else _EXPLOSION_CURE,
             layers=tuple(concerned),
             evidence={
-                "first_to_last": share,
+                "first_to_last": ratio,
                 "fitted_gain": gain,
                 "layers_measured": len(chain),
                 "depth_limit": depth_limit(gain, self.thresholds.depth_ratio),
             },
         )
-
-
-def _inverse(value: float) -> float:
-    return math.inf if value == 0.0 else 1.0 / value
 
 
 def depth_limit(gain: float | None, ratio: float) -> int | None:
@@ -155,7 +148,7 @@ class ExplodingInTime(Rule):
         for step in record.window:
             recent = self.memory.setdefault(f"recent{step.optimizer}", [])
             early = self.memory.setdefault(f"early{step.optimizer}", [])
-            if step.total_norm is None or step.non_finite:
+            if step.total_norm is None or not math.isfinite(step.total_norm):
                 continue
             if len(recent) >= self.thresholds.time_warmup:
                 usual = max(median(recent), median(early) / 100)
@@ -234,11 +227,13 @@ class NonFinite(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Name the first step of the window with a NaN or Inf."""
-        bad = [
-            step
-            for step in record.window
-            if step.non_finite or (step.loss is not None and not math.isfinite(step.loss))
-        ]
+        bad = []
+        for step in record.window:
+            skipped = self.memory.get("skipped", []) if step.overflow else []
+            self.memory["skipped"] = [*skipped, step.step][: self.thresholds.overflow_steps] if step.overflow else []
+            loss_is_bad = step.loss is not None and not math.isfinite(step.loss)
+            if step.non_finite or loss_is_bad or len(self.memory["skipped"]) >= self.thresholds.overflow_steps:
+                bad.append(step)
         if not bad:
             return None
         first = bad[0]
@@ -246,19 +241,23 @@ class NonFinite(Rule):
         watched = [layer for layer in record.layers if layer.optimizer == first.optimizer]
         # NaN stays and spreads: the layers hit at the first step are those hit at every one
         hit = [layer.name for layer in watched if layer.non_finite and layer.non_finite >= steps]
-        everywhere = len(hit) >= len(watched)
-        what = "the loss is" if not first.non_finite else "gradients are"
-        where = "in every layer, origin unknown" if everywhere else f"in {len(hit)} of {len(watched)} layers"
+        everywhere = len(hit) in (0, len(watched))
+        what, where = "the loss is", ""
+        if first.non_finite:
+            what = "gradients are"
+            where = " in every layer, origin unknown" if everywhere else f" in {len(hit)} of {len(watched)} layers"
+        elif first.overflow:
+            what = f"the loss scaler has skipped {self.thresholds.overflow_steps} steps in a row: gradients are"
         return Verdict(
             severity=Severity.CRITICAL,
-            summary=f"{what} NaN or Inf {where}",
+            summary=f"{what} NaN or Inf{where}",
             remedy=(
                 "a smaller learning rate or a warm-up, Trainer(gradient_clip_val=1.0); look for log(0), division by 0"
                 " and bad values in the batch of that step: Trainer(detect_anomaly=True) names the operation"
             ),
             layers=() if everywhere else tuple(hit),
             evidence={"steps": len(bad), "layers_hit": len(hit), "loss": first.loss},
-            first_step=first.step,
+            first_step=self.memory["skipped"][0] if first.overflow else first.step,
         )
 
 
@@ -287,5 +286,5 @@ class NoGradient(Rule):
             ),
             layers=tuple(layer.name for layer in silent),
             evidence={"parameters": names, "steps": steps},
-            first_step=record.step - steps + 1,
+            first_step=min(since for la in silent if (since := la.no_gradient_since) is not None),
         )

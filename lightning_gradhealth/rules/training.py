@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord, median
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict, keep_last
@@ -18,37 +19,50 @@ def _measured_updates(layers: list[LayerStats]) -> list[tuple[LayerStats, float]
 
 
 class OversizedUpdates(Rule):
-    """Updates that are large beside the weights: one step replaces what was learned ("avalanche learning")."""
+    """Updates that are large beside the weights: one step replaces what was learned ("avalanche learning").
+
+    Weights that start at zero, as LoRA's B or a zeroed head, are left alone at first.
+    """
 
     condition = Condition.OVERSIZED_UPDATES
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge the updates of every optimizer; two probes in a row for those that are merely large."""
-        chains = [chain for layers in by_optimizer(record) if (chain := _measured_updates(layers))]
+        young = self._zero_born(record)
+        chains = [
+            chain
+            for layers in by_optimizer(record)
+            if (chain := _measured_updates([layer for layer in layers if layer.name not in young]))
+        ]
         if not chains:
             return NOT_MEASURED
         first_probe = not self.memory.get("probed", False)
         self.memory["probed"] = True
         at_once = [(chain, hit) for chain in chains if (hit := self._over(chain, self.thresholds.update_at_once))]
         large = [(chain, hit) for chain in chains if (hit := self._over(chain, self.thresholds.update_repeated))]
-        repeated = bool(large) and not first_probe and self.memory.get("large_before", False)
-        self.memory["large_before"] = bool(large) and not first_probe
-        if not at_once and not repeated:
+        since = self.memory.get("large_since")
+        self.memory["large_since"] = None if first_probe or not large else (record.step if since is None else since)
+        if not at_once and (not large or since is None):
             return None
         chain, hit = (at_once or large)[0]
-        size = median(value for _, value in chain)
+        size = median(value for layer, value in chain if layer.name in hit)
+        rates = (layer.learning_rate for layer, _ in chain if layer.learning_rate is not None)
         return Verdict(
             severity=Severity.CRITICAL if at_once else Severity.WARNING,
             summary=f"one step changes the weights of {len(hit)} of {len(chain)} layers by {size:.2g} of their size",
             remedy="divide the learning rate by 10 or more, and warm it up: near 1e-3 of the weights is usual",
             layers=tuple(hit),
-            evidence={
-                "update_to_weight_median": size,
-                "learning_rate": max(
-                    (la.learning_rate for la, _ in chain if la.learning_rate is not None), default=None
-                ),
-            },
+            evidence={"update_to_weight_median": size, "learning_rate": max(rates, default=None)},
+            first_step=None if at_once else since,
         )
+
+    def _zero_born(self, record: StepRecord) -> set[str]:
+        """Layers that started at zero not long ago: their weights are a few updates, and so no measure of one."""
+        born = self.memory.setdefault("zero_at", {})
+        for layer in record.layers:
+            if layer.weight_norm == 0.0:
+                born[layer.name] = record.step
+        return {name for name, step in born.items() if record.step - step < self.thresholds.growth_window}
 
     def _over(self, chain: list[tuple[LayerStats, float]], limit: float) -> list[str]:
         """Names of the layers beyond `limit`, if they are as many as it takes."""
@@ -57,7 +71,7 @@ class OversizedUpdates(Rule):
 
 
 class StalledLayers(Rule):
-    """Layers that hardly change while others of the same optimizer do."""
+    """Layers that hardly change while others of the same optimizer do, or a whole network that never has."""
 
     condition = Condition.STALLED_LAYERS
     per_layer = True
@@ -68,20 +82,25 @@ class StalledLayers(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Compare the updates of the layers of each optimizer."""
-        chains = [chain for layers in by_optimizer(record) if (chain := _measured_updates(layers))]
+        chains = [
+            chain
+            for layers in by_optimizer(record)
+            if (chain := _measured_updates([layer for layer in layers if not layer.cancelled]))
+        ]
         if not chains:
             return NOT_MEASURED
+        if standstill := self._standstill(chains):
+            return standstill
         stalled: list[LayerStats] = []
         fastest = 0.0
         slowed = True
         for chain in chains:
             top = max(value for _, value in chain)
-            rate = max((la.learning_rate for la, _ in chain if la.learning_rate is not None), default=None)
             slow = [layer for layer, value in chain if value < self.thresholds.stalled_update]
             if top > self.thresholds.moving_update and slow:
                 stalled += slow
                 fastest = max(fastest, top)
-                slowed = slowed and all(_deliberate(layer.learning_rate, rate) for layer in slow)
+                slowed = slowed and all(_deliberate(layer.learning_rate, _top_rate(chain)) for layer in slow)
         if not stalled:
             return None
         return Verdict(
@@ -99,6 +118,27 @@ class StalledLayers(Rule):
             layers=tuple(layer.name for layer in stalled),
             evidence={"fastest_update_to_weight": fastest},
         )
+
+    def _standstill(self, chains: list[list[tuple[LayerStats, float]]]) -> Verdict | None:
+        """No layer has ever moved, although the learning rate does not rise any more."""
+        top = max(value for chain in chains for _, value in chain)
+        rate = max((rate for chain in chains if (rate := _top_rate(chain)) is not None), default=0.0)
+        rising = rate > self.memory.get("rate", 0.0)
+        self.memory["rate"] = rate
+        self.memory["moved"] = self.memory.get("moved", False) or top >= self.thresholds.stalled_update
+        if self.memory["moved"] or rising:
+            return None
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"no layer has ever changed by more than {top:.1g} of its size in a step",
+            remedy="a larger learning rate: near 1e-3 of the weights a step is usual (the Tuner's lr_find finds one)",
+            layers=tuple(layer.name for chain in chains for layer, _ in chain),
+            evidence={"fastest_update_to_weight": top, "learning_rate": rate},
+        )
+
+
+def _top_rate(chain: list[tuple[LayerStats, float]]) -> float | None:
+    return max((layer.learning_rate for layer, _ in chain if layer.learning_rate is not None), default=None)
 
 
 def _deliberate(rate: float | None, largest: float | None) -> bool:
@@ -119,6 +159,8 @@ class _WeightDrift(Rule):
         """Advance the windows of every layer that was probed."""
         drifting: dict[str, float] = {}
         seen = False
+        norms = [(la.weight_norm, la.numel or 1) for la in record.layers if la.weight_norm and not la.frozen]
+        usual = median(norm / math.sqrt(numel) for norm, numel in norms)
         for layer in record.layers:
             norm = layer.weight_norm
             if layer.frozen or norm is None or not math.isfinite(norm) or norm <= 0.0:
@@ -130,7 +172,8 @@ class _WeightDrift(Rule):
             if not borders or record.step - borders[-1][0] >= self.thresholds.growth_window:
                 borders.append([record.step, norm])
                 del borders[: -(self.thresholds.growth_windows + 1)]
-            if self._drifts(borders) and self._far_enough(norm, track["greatest"]):
+            size = norm / math.sqrt(layer.numel or 1)
+            if self._drifts(borders) and self._far_enough(size / usual, norm / track["greatest"]):
                 drifting[layer.name] = (borders[-1][1] / borders[0][1]) ** (1 / (borders[-1][0] - borders[0][0]))
         if not drifting:
             return None if seen else NOT_MEASURED
@@ -146,17 +189,20 @@ class _WeightDrift(Rule):
         fast = all(move >= math.log(self.thresholds.growth) for move in moves)
         return fast and all(late >= 0.8 * early for early, late in zip(rates, rates[1:], strict=False))
 
-    def _far_enough(self, norm: float, greatest: float) -> bool:
-        return True
+    def _far_enough(self, of_usual: float, of_greatest: float) -> bool:
+        raise NotImplementedError
 
     def _verdict(self, drifting: dict[str, float]) -> Verdict:
         raise NotImplementedError
 
 
 class GrowingWeights(_WeightDrift):
-    """Weight norms that grow exponentially. Growth from zero that slows down is healthy."""
+    """Weight norms that grow exponentially. Growth from zero up to the size of other layers is healthy."""
 
     condition = Condition.GROWING_WEIGHTS
+
+    def _far_enough(self, of_usual: float, of_greatest: float) -> bool:
+        return of_usual >= 1.0
 
     def _verdict(self, drifting: dict[str, float]) -> Verdict:
         factor = max(drifting.values())
@@ -175,8 +221,8 @@ class CollapsingWeights(_WeightDrift):
     condition = Condition.COLLAPSING_WEIGHTS
     sign = -1
 
-    def _far_enough(self, norm: float, greatest: float) -> bool:
-        return norm < self.thresholds.collapsed * greatest
+    def _far_enough(self, of_usual: float, of_greatest: float) -> bool:
+        return of_greatest < self.thresholds.collapsed
 
     def _verdict(self, drifting: dict[str, float]) -> Verdict:
         factor = min(drifting.values())
@@ -190,56 +236,74 @@ class CollapsingWeights(_WeightDrift):
 
 
 class LossSpike(Rule):
-    """A loss far above the recent ones.
+    """A loss far above the recent ones, of one optimizer's steps.
 
-    It must be so by every one of three measures, and besides either above all of the run's first losses, so that
-    all learning is undone, or far out on a logarithmic scale: near convergence the losses of single batches spread
-    over orders of magnitude, and a hard batch is no spike.
+    It must be so by three measures on the linear scale, and besides far out on the logarithmic one, too, since
+    near convergence the losses of single batches spread over orders of magnitude, or above all that was seen
+    before. Twice within three steps it is a warning. Once, it is an info: a hard batch or a wrong label does
+    that; and where it happens again and again, as with a rare class, that is how this loss is.
     """
 
     condition = Condition.LOSS_SPIKE
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
-        """Judge every loss of the window, in order; the highest spike counts."""
-        losses = [(step.step, step.loss) for step in record.window if step.loss is not None]
+        """Judge every loss of the window, in order; the gravest and then the highest spike counts."""
+        losses = [(step, step.loss) for step in record.window if step.loss is not None]
         if not losses:
             return NOT_MEASURED
-        recent: list[float] = self.memory.setdefault("recent", [])
-        worst: tuple[float, int, float] | None = None
+        spikes: list[tuple[bool, float, int, float]] = []
         for step, loss in losses:
             if math.isnan(loss):
                 continue
-            early: list[float] = self.memory.setdefault("early", [])
-            if len(early) < self.thresholds.growth_window:
-                keep_last(early, loss, self.thresholds.growth_window)
-            elif self._is_spike(loss, recent, max(early)) and (worst is None or loss > worst[0]):
-                worst = loss, step, median(recent)
-            keep_last(recent, loss, self.thresholds.time_window)
-        if worst is None:
+            seen = self.memory.setdefault(
+                f"of{step.optimizer}", {"steps": 0, "early": [], "recent": [], "far": [], "alone": []}
+            )
+            seen["steps"] += 1
+            if len(seen["early"]) < self.thresholds.growth_window:
+                keep_last(seen["early"], loss, self.thresholds.growth_window)
+            else:
+                far = self._is_far(loss, seen["early"], seen["recent"])
+                lasting = far and any(seen["far"])
+                if far and (lasting or not self._recurs(seen)):
+                    spikes.append((lasting, loss, step.step, median(seen["recent"])))
+                seen["far"] = [*seen["far"][-1:], far]
+            keep_last(seen["recent"], loss, self.thresholds.time_window)
+        if not spikes:
             return None
-        loss, at, usual = worst
+        lasting, loss, at, usual = max(spikes)
         return Verdict(
-            severity=Severity.WARNING,
-            summary=f"the loss leapt to {loss:.3g} from a usual {usual:.3g}",
+            severity=Severity.WARNING if lasting else Severity.INFO,
+            summary=f"the loss leapt to {loss:.3g} from a usual {usual:.3g}" + ("" if lasting else " for one step"),
             remedy="look at the batch of that step; Trainer(gradient_clip_val=1.0), a smaller learning rate",
             evidence={"loss": loss, "median": usual},
             first_step=at,
         )
 
-    def _is_spike(self, loss: float, recent: list[float], start: float) -> bool:
+    def _is_far(self, loss: float, early: list[float], recent: list[float]) -> bool:
+        """Whether a loss is far above the recent ones, on both scales or beyond all that was seen."""
         usual, sigma = _centre_and_spread(recent)
         limit = max(
             self.thresholds.spike_sigmas * sigma,
             (self.thresholds.spike_median - 1) * abs(usual),
-            self.thresholds.spike_fall * (start - min(recent)),
+            self.thresholds.spike_fall * (max(early) - min(recent)),
             0.0,
         )
         if loss - usual <= limit:
             return False
-        if loss > start or min(recent) <= 0.0:
+        if min(recent) <= 0.0 or loss > max(*early, *(2 * value for value in recent[:-2])):
             return True
-        middle, spread = _centre_and_spread([math.log(value) for value in recent])
-        return math.log(loss) - middle > self.thresholds.spike_log_sigmas * spread
+        logs = [math.log(value) for value in recent]
+        noise = _centre_and_spread([b - a for a, b in zip(logs, logs[1:], strict=False)])[1] / math.sqrt(2)
+        return (
+            math.log(loss) - median(logs[-self.thresholds.growth_window :]) > self.thresholds.spike_log_sigmas * noise
+        )
+
+    def _recurs(self, seen: dict[str, Any]) -> bool:
+        """Whether such losses keep coming one by one; the one at hand is counted in."""
+        horizon = seen["steps"] - 10 * self.thresholds.time_window
+        before = [step for step in seen["alone"] if step > horizon]
+        seen["alone"] = [*before, seen["steps"]][-self.thresholds.spike_recurs :]
+        return len(before) >= self.thresholds.spike_recurs
 
 
 def _centre_and_spread(values: list[float]) -> tuple[float, float]:
@@ -249,35 +313,43 @@ def _centre_and_spread(values: list[float]) -> tuple[float, float]:
 
 
 class StalledLoss(Rule):
-    """A loss that has not come down since the start, noise allowed for, at a rate that has stopped rising."""
+    """A loss that has not come down since the start, noise allowed for, at a rate that has stopped rising.
+
+    On its own this is an info: a model that had converged before, or a task that is mostly noise, looks the
+    same. Several optimizers, as in a GAN, play their losses against each other: no verdict.
+    """
 
     condition = Condition.STALLED_LOSS
     patience = 2
+    needs_support = True
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Hold the mean of the recent losses, with its error, against that of the first ones."""
-        size = self.thresholds.growth_window
         early: list[float] = self.memory.setdefault("early", [])
         late: list[float] = self.memory.setdefault("late", [])
         for step in record.window:
+            self.memory["several"] = self.memory.get("several", False) or step.optimizer != 0
             if step.loss is None:
                 continue
             if step.learning_rate is not None and step.learning_rate > self.memory.get("rate", 0.0):
                 self.memory["rate"] = step.learning_rate
                 self.memory["steps"] = 0
             self.memory["steps"] = self.memory.get("steps", 0) + 1
-            if len(early) < size:
-                keep_last(early, step.loss, size)
+            if len(early) < self.thresholds.growth_window:
+                keep_last(early, step.loss, self.thresholds.growth_window)
             else:
                 keep_last(late, step.loss, self.thresholds.time_window)
-        if self.memory.get("steps", 0) < self.thresholds.stalled_steps or len(late) < size:
+        enough = self.memory.get("steps", 0) >= self.thresholds.stalled_steps
+        if self.memory.get("several", False) or not enough or len(late) < self.thresholds.growth_window:
             return NOT_MEASURED
         start, error_start = _mean_and_error(early)
         now, error_now = _mean_and_error(late)
-        bound = start - now + 2 * math.hypot(error_start, error_now)
-        self.memory["best"] = max(self.memory.get("best", -math.inf), bound)
+        error = 2 * math.hypot(error_start, error_now)
+        self.memory["best"] = max(self.memory.get("best", -math.inf), start - now + error)
         if self.memory["best"] >= self.thresholds.stalled_fall * abs(start):
             return None
+        if start - now > max(error, self.thresholds.learning_fall * abs(start)):
+            return None  # slowly, but beyond doubt
         return Verdict(
             severity=Severity.WARNING,
             summary=f"the loss has not come down from {start:.3g} in {self.memory['steps']} steps (now {now:.3g})",
@@ -285,7 +357,7 @@ class StalledLoss(Rule):
                 "see the other findings first: vanishing gradients, stalled layers, oversized updates; else another"
                 " learning rate (the Tuner's lr_find), and check that targets and loss belong together"
             ),
-            evidence={"loss_at_start": start, "loss_now": now, "fall_upper_bound": bound},
+            evidence={"loss_at_start": start, "loss_now": now, "fall_upper_bound": start - now + error},
             first_step=max(0, record.step - self.memory["steps"] + 1),
         )
 

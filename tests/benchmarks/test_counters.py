@@ -46,7 +46,7 @@ def test_operators_of_a_step_do_not_grow_with_the_layers(depth: int) -> None:
     with Operators() as operators:
         session.apply(session.observe(optimizer, loss))
     seen = {name: count for name, count in operators.counts.items() if "detach" not in name}
-    assert seen == {"aten::_foreach_norm.Scalar": 1, "aten::stack": 1}
+    assert seen == {"aten::_foreach_norm.Scalar": 1, "aten::stack": 1, "aten::clone": 1}  # the clone: of the loss
 
 
 @pytest.mark.parametrize("depth", [2, 200])
@@ -72,6 +72,5 @@ def test_large_tensors_are_read_once_and_never_copied() -> None:
     session, optimizer, _ = observed(2, width=600)
     with Operators() as operators:
         session.observe(optimizer)
-    copies = {name for name in operators.counts if "copy" in name or "clone" in name or "mul" in name}
-    assert not copies
-    assert operators.counts["aten::linalg_vector_norm"] <= 2 * 3  # blocks, rest, total for each large tensor
+    assert not {name for name in operators.counts if "copy" in name or "clone" in name or "cat" in name}
+    assert operators.counts["aten::linalg_vector_norm"] == 2 * 4  # for each: blocks, rest, total, the largest block

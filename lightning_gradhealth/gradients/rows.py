@@ -1,0 +1,137 @@
+"""Rows: what was measured of one optimizer step, on the device, on the host, and in a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_gradhealth.gradients.weights import WeightProbe
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which parameters an optimizer steps, and which of them have a gradient; the same for most steps.
+
+    Attributes:
+        owned: Slots of all its parameters.
+        groups: Number of the parameter group of each of them.
+        slots: Slots of the parameters that have a gradient.
+    """
+
+    owned: tuple[int, ...]
+    groups: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    @functools.cached_property
+    def arrays(self) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+        """The same as index arrays."""
+        owned, groups, slots = (np.array(part, dtype=np.intp) for part in (self.owned, self.groups, self.slots))
+        return owned, groups, slots
+
+
+@dataclass
+class Row:
+    """One observed optimizer step; what was measured is still on the device.
+
+    Attributes:
+        step: The loggers' x value.
+        optimizer: Its number.
+        pattern: Its parameters.
+        rates: Learning rate of each parameter group (None where it lives on the device).
+        norms: Gradient norms, one for each of the pattern's slots.
+        scaled: A loss scaler is at work: it skips steps whose gradients overflow.
+        loss: The training loss of the step.
+        probe: Weights and updates, at probed steps.
+    """
+
+    step: int
+    optimizer: int
+    pattern: Pattern
+    rates: tuple[float | None, ...]
+    norms: Tensor
+    scaled: bool
+    loss: Tensor | float | None = None
+    probe: WeightProbe | None = None
+
+    def vectors(self) -> list[Tensor]:
+        """The device vectors to read, in the order in which `on_host` takes them back."""
+        vectors = [self.norms]
+        if isinstance(self.loss, Tensor):
+            vectors.append(self.loss)
+        return vectors + (self.probe.vectors() if self.probe else [])
+
+    def on_host(self, values: Iterator[Sequence[float]]) -> HostRow:
+        """Take this row's vectors from what was read."""
+        norms = np.asarray(next(values), dtype=np.float64)
+        loss = next(values)[0] if isinstance(self.loss, Tensor) else self.loss
+        probe = [np.asarray(next(values)) for _ in self.probe.vectors()] if self.probe else []
+        return HostRow(self, norms, loss, *probe)
+
+
+@dataclass
+class HostRow:
+    """A row after the read: the same, as host numbers."""
+
+    row: Row
+    norms: Floats
+    loss: float | None
+    weights: Floats | None = None
+    sampled: Floats | None = None
+    updates: Floats | None = None
+
+    @property
+    def step(self) -> int:
+        """The loggers' x value."""
+        return self.row.step
+
+    @property
+    def overflow(self) -> bool:
+        """The loss scaler met an overflow while the loss was finite, so that it skips the step."""
+        finite_loss = self.loss is None or math.isfinite(self.loss)
+        return self.row.scaled and finite_loss and not bool(np.isfinite(self.norms).all())
+
+    @property
+    def total_norm(self) -> float | None:
+        """L2 norm of all gradients; None where there is none, or the scaler skips the step."""
+        return None if self.overflow or not len(self.norms) else float(np.sqrt(np.sum(self.norms**2)))
+
+
+def rows_to_state(rows: Iterable[Row], names: Sequence[str]) -> dict[str, Any]:
+    """Return rows as primitives and tensors, slots by name, each pattern once."""
+    patterns: dict[Pattern, int] = {}
+    states = []
+    for row in rows:
+        number = patterns.setdefault(row.pattern, len(patterns))
+        probe = None if row.probe is None else dict(vars(row.probe))
+        states.append({**vars(row), "pattern": number, "probe": probe})
+    return {
+        "rows": states,
+        "patterns": [
+            {"owned": [names[i] for i in p.owned], "groups": p.groups, "slots": [names[i] for i in p.slots]}
+            for p in patterns
+        ],
+    }
+
+
+def rows_from_state(state: Mapping[str, Any], slot_of: Mapping[str, int]) -> list[Row]:
+    """Rebuild rows; those whose parameters the model no longer has are left out."""
+    patterns: list[Pattern | None] = []
+    for saved in state["patterns"]:
+        known = all(name in slot_of for name in saved["owned"])
+        owned, slots = (tuple(slot_of[name] for name in saved[part] if known) for part in ("owned", "slots"))
+        patterns.append(Pattern(owned, tuple(saved["groups"]), slots) if known else None)
+    rows = []
+    for saved in state["rows"]:
+        if (pattern := patterns[saved["pattern"]]) is not None:
+            probe = WeightProbe(**saved["probe"]) if saved["probe"] else None
+            rows.append(Row(**{**saved, "pattern": pattern, "probe": probe}))
+    return rows
