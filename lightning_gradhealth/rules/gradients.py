@@ -98,7 +98,7 @@ class DepthRule(Rule):
         if fall >= limit or fitted >= limit:
             return None
         # towers side by side, a weak auxiliary loss, one blocked layer: a single step is no matter of depth
-        if fall + max(sign * hop for hop in hops) >= limit / 2:
+        if fall + max(sign * hop for hop in hops) >= 0.75 * limit:
             return None
         verb = "vanish" if self.vanishing else "explode"
         bound = last * math.exp(sign * limit / 2)

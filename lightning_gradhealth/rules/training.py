@@ -169,11 +169,14 @@ class _WeightDrift(Rule):
             track = self.memory.setdefault(layer.name, {"borders": [], "greatest": norm})
             track["greatest"] = max(track["greatest"], norm)
             borders = track["borders"]
+            if self.sign > 0 and norm / math.sqrt(layer.numel or 1) < usual:
+                borders.clear()  # it only grows up to the size of the others
+                continue
             if not borders or record.step - borders[-1][0] >= self.thresholds.growth_window:
                 borders.append([record.step, norm])
                 del borders[: -(self.thresholds.growth_windows + 1)]
-            size = norm / math.sqrt(layer.numel or 1)
-            if self._drifts(borders) and self._far_enough(size / usual, norm / track["greatest"]):
+            far = self.sign > 0 or norm < self.thresholds.collapsed * track["greatest"]
+            if far and self._drifts(borders):
                 drifting[layer.name] = (borders[-1][1] / borders[0][1]) ** (1 / (borders[-1][0] - borders[0][0]))
         if not drifting:
             return None if seen else NOT_MEASURED
@@ -189,9 +192,6 @@ class _WeightDrift(Rule):
         fast = all(move >= math.log(self.thresholds.growth) for move in moves)
         return fast and all(late >= 0.8 * early for early, late in zip(rates, rates[1:], strict=False))
 
-    def _far_enough(self, of_usual: float, of_greatest: float) -> bool:
-        raise NotImplementedError
-
     def _verdict(self, drifting: dict[str, float]) -> Verdict:
         raise NotImplementedError
 
@@ -200,9 +200,6 @@ class GrowingWeights(_WeightDrift):
     """Weight norms that grow exponentially. Growth from zero up to the size of other layers is healthy."""
 
     condition = Condition.GROWING_WEIGHTS
-
-    def _far_enough(self, of_usual: float, of_greatest: float) -> bool:
-        return of_usual >= 1.0
 
     def _verdict(self, drifting: dict[str, float]) -> Verdict:
         factor = max(drifting.values())
@@ -221,9 +218,6 @@ class CollapsingWeights(_WeightDrift):
     condition = Condition.COLLAPSING_WEIGHTS
     sign = -1
 
-    def _far_enough(self, of_usual: float, of_greatest: float) -> bool:
-        return of_greatest < self.thresholds.collapsed
-
     def _verdict(self, drifting: dict[str, float]) -> Verdict:
         factor = min(drifting.values())
         return Verdict(
@@ -240,8 +234,9 @@ class LossSpike(Rule):
 
     It must be so by three measures on the linear scale, and besides far out on the logarithmic one, too, since
     near convergence the losses of single batches spread over orders of magnitude, or above all that was seen
-    before. Twice within three steps it is a warning. Once, it is an info: a hard batch or a wrong label does
-    that; and where it happens again and again, as with a rare class, that is how this loss is.
+    before. Where three of five losses are high, it is a warning. Alone, it is an info: a hard batch or a wrong
+    label does that; and where it happens again and again, as with a rare class, that is how this loss is.
+    Several optimizers, as in a GAN, play their losses against each other: no more than an info.
     """
 
     condition = Condition.LOSS_SPIKE
@@ -252,21 +247,22 @@ class LossSpike(Rule):
         if not losses:
             return NOT_MEASURED
         spikes: list[tuple[bool, float, int, float]] = []
+        several = self.memory["several"] = self.memory.get("several", False) or any(s.optimizer for s, _ in losses)
         for step, loss in losses:
             if math.isnan(loss):
                 continue
             seen = self.memory.setdefault(
-                f"of{step.optimizer}", {"steps": 0, "early": [], "recent": [], "far": [], "alone": []}
+                f"of{step.optimizer}", {"steps": 0, "early": [], "recent": [], "high": [], "alone": []}
             )
             seen["steps"] += 1
             if len(seen["early"]) < self.thresholds.growth_window:
                 keep_last(seen["early"], loss, self.thresholds.growth_window)
             else:
-                far = self._is_far(loss, seen["early"], seen["recent"])
-                lasting = far and any(seen["far"])
+                high, far = self._judge_loss(loss, seen["early"], seen["recent"])
+                seen["high"] = [*seen["high"][-4:], high]
+                lasting = not several and sum(seen["high"]) >= 3
                 if far and (lasting or not self._recurs(seen)):
                     spikes.append((lasting, loss, step.step, median(seen["recent"])))
-                seen["far"] = [*seen["far"][-1:], far]
             keep_last(seen["recent"], loss, self.thresholds.time_window)
         if not spikes:
             return None
@@ -279,8 +275,8 @@ class LossSpike(Rule):
             first_step=at,
         )
 
-    def _is_far(self, loss: float, early: list[float], recent: list[float]) -> bool:
-        """Whether a loss is far above the recent ones, on both scales or beyond all that was seen."""
+    def _judge_loss(self, loss: float, early: list[float], recent: list[float]) -> tuple[bool, bool]:
+        """Whether a loss is high on the linear scale, and whether it is so on both or beyond all that was seen."""
         usual, sigma = _centre_and_spread(recent)
         limit = max(
             self.thresholds.spike_sigmas * sigma,
@@ -289,14 +285,13 @@ class LossSpike(Rule):
             0.0,
         )
         if loss - usual <= limit:
-            return False
-        if min(recent) <= 0.0 or loss > max(*early, *(2 * value for value in recent[:-2])):
-            return True
+            return False, False
+        if min(recent) <= 0.0 or loss > max(*early, *(2 * value for value in recent[:-4])):
+            return True, True
         logs = [math.log(value) for value in recent]
         noise = _centre_and_spread([b - a for a, b in zip(logs, logs[1:], strict=False)])[1] / math.sqrt(2)
-        return (
-            math.log(loss) - median(logs[-self.thresholds.growth_window :]) > self.thresholds.spike_log_sigmas * noise
-        )
+        above = math.log(loss) - median(logs[-self.thresholds.growth_window :])
+        return True, above > self.thresholds.spike_log_sigmas * noise
 
     def _recurs(self, seen: dict[str, Any]) -> bool:
         """Whether such losses keep coming one by one; the one at hand is counted in."""
