@@ -103,6 +103,8 @@ class GradHealth(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the fit before this one."""
         if stage == "fit":
+            if self._session is not None:
+                self._session.close()
             self._reset()
 
     @_never_fatal
@@ -173,8 +175,7 @@ class GradHealth(Callback):
 
     def _log(self, trainer: pl.Trainer, record: StepRecord) -> None:
         if self._session is not None and trainer.loggers:
-            findings = self._session.judgement.report(()).findings
-            self._sink.write(trainer.loggers, record, findings, self._session.active_findings)
+            self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_findings)
 
     def _step_aside(self, why: str, error: Exception | None = None) -> None:
         self._aside = why

@@ -102,8 +102,9 @@ class Judgement:
 
     @property
     def active(self) -> int:
-        """Number of conditions that hold now, in the eyes of their rules."""
-        return sum(any(rule.active and rule.condition == name for rule in self.rules) for name in self.findings)
+        """Number of conditions above info that hold now, in the eyes of their rules."""
+        holding = {str(rule.condition) for rule in self.rules if rule.active}
+        return sum(f.severity is not Severity.INFO and str(f.condition) in holding for f in self.findings.values())
 
     def report(self, notes: Sequence[str], aside: str = "") -> HealthReport:
         """The verdict so far: the gravest finding first, then the earliest, then the cause before its symptoms."""

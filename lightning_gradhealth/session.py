@@ -140,6 +140,7 @@ class HealthSession:
         self._hooks: dict[int, Any] = {}
         self._losses: Tensor | float | None = None
         self._last = StepRecord(step=-1)
+        self._latest = self.judgement  # or its copy that has seen a window that is not over yet
         self._told: set[tuple[str, str]] = set()
 
     # --- every step ---
@@ -232,6 +233,7 @@ class HealthSession:
         for record in records:
             self._tell(self.judgement.add(record))
         self._last = records[-1] if records else self._last
+        self._latest = self.judgement
         return self._last
 
     def conclude(self) -> StepRecord:
@@ -240,8 +242,8 @@ class HealthSession:
         Returns:
             The record of the last step observed.
         """
-        judgement, records = self._peek()
-        self._tell(judgement.findings.values())
+        self._latest, records = self._peek()
+        self._tell(self._latest.findings.values())
         return records[-1] if records else self._last
 
     def _peek(self) -> tuple[Judgement, list[StepRecord]]:
@@ -260,9 +262,14 @@ class HealthSession:
                 self._announce(f"gradhealth: {finding}")
 
     @property
+    def findings(self) -> tuple[Finding, ...]:
+        """All findings as of the last flush or conclusion."""
+        return self._latest.report(()).findings
+
+    @property
     def active_findings(self) -> int:
-        """Number of conditions that hold at the last flush."""
-        return self.judgement.active
+        """Number of conditions above info that held at the last flush or conclusion."""
+        return self._latest.active
 
     def observed(self, step: int) -> bool:
         """Whether a step with this x value has been observed since the last flush."""

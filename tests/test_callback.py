@@ -17,7 +17,9 @@ import torch
 from conftest import Classifier, batches, mlp, trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from lightning_gradhealth import Condition, GradHealth, Rule, Severity, StepRecord, Thresholds, init_weights
@@ -179,6 +181,16 @@ def test_a_run_that_dies_at_step_7_has_its_report(error: type[BaseException]) ->
 def test_the_partial_window_is_told_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
     fit(Classifier(mlp(24)), GradHealth(), max_steps=7, log_every_n_steps=50)
     assert sum("vanishing_gradients" in record.message for record in caplog.records) == 1
+
+
+def test_the_partial_window_reaches_the_loggers(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    fit(Classifier(mlp(24)), GradHealth(), max_steps=7, log_every_n_steps=50, logger=logger)
+    events = EventAccumulator(logger.log_dir).Reload()
+    (point,) = events.Scalars("gradhealth/findings")
+    assert (point.step, point.value) == (6, 1.0)
+    (text,) = events.Tensors("gradhealth/findings/text_summary")
+    assert b"vanishing" in text.tensor_proto.string_val[0]
 
 
 def test_findings_do_not_tear_the_progress_bar() -> None:
