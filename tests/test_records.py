@@ -23,7 +23,7 @@ from lightning_gradhealth import (
     StepStats,
 )
 from lightning_gradhealth.history import History, sparkline
-from lightning_gradhealth.records import fitted_gain, median, norm_ratios
+from lightning_gradhealth.ratios import fitted_gain, median, norm_ratios
 from lightning_gradhealth.report import markdown, plain, render_health, render_init
 
 numbers = st.none() | st.floats()

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from lightning_gradhealth.gradients.rows import Floats, HostRow
 from lightning_gradhealth.layers import Layout
-from lightning_gradhealth.records import LayerStats, StepRecord, StepStats, fitted_gain, norm_ratios
+from lightning_gradhealth.ratios import fitted_gain, norm_ratios
+from lightning_gradhealth.records import LayerStats, StepRecord, StepStats
 
 Missing = Mapping[int, tuple[int, int]]
 

@@ -5,15 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lightning_gradhealth.records import (
-    Condition,
-    LayerStats,
-    Severity,
-    StepRecord,
-    StepStats,
-    fitted_gain,
-    median,
-)
+from lightning_gradhealth.ratios import fitted_gain, median
+from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord, StepStats
 from lightning_gradhealth.rules.base import (
     NOT_MEASURED,
     NotMeasured,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord, median
+from lightning_gradhealth.ratios import median
+from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict, keep_last
 from lightning_gradhealth.rules.gradients import by_optimizer
 
@@ -153,7 +154,9 @@ class _WeightDrift(Rule):
     that is `growth_window` steps or more after the last one.
     """
 
-    sign = 1
+    sign: int
+    course: str
+    remedy: str
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Advance the windows of every layer that was probed."""
@@ -180,7 +183,14 @@ class _WeightDrift(Rule):
                 drifting[layer.name] = (borders[-1][1] / borders[0][1]) ** (1 / (borders[-1][0] - borders[0][0]))
         if not drifting:
             return None if seen else NOT_MEASURED
-        return self._verdict(drifting)
+        factor = max(drifting.values(), key=lambda value: abs(math.log(value)))
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=f"the weights {self.course}, by {100 * abs(factor - 1):.2g} % a step",
+            remedy=self.remedy,
+            layers=tuple(drifting),
+            evidence={"factor_per_step": factor},
+        )
 
     def _drifts(self, borders: list[list[float]]) -> bool:
         """Whether every window has the factor and none is much slower than the one before it."""
@@ -192,24 +202,14 @@ class _WeightDrift(Rule):
         fast = all(move >= math.log(self.thresholds.growth) for move in moves)
         return fast and all(late >= 0.8 * early for early, late in zip(rates, rates[1:], strict=False))
 
-    def _verdict(self, drifting: dict[str, float]) -> Verdict:
-        raise NotImplementedError
-
 
 class GrowingWeights(_WeightDrift):
     """Weight norms that grow exponentially. Growth from zero up to the size of other layers is healthy."""
 
     condition = Condition.GROWING_WEIGHTS
-
-    def _verdict(self, drifting: dict[str, float]) -> Verdict:
-        factor = max(drifting.values())
-        return Verdict(
-            severity=Severity.WARNING,
-            summary=f"the weights grow exponentially, by {100 * (factor - 1):.2g} % a step",
-            remedy="check the sign of the loss; a smaller learning rate, weight decay (AdamW), a normalisation layer",
-            layers=tuple(drifting),
-            evidence={"factor_per_step": factor},
-        )
+    sign = 1
+    course = "grow exponentially"
+    remedy = "check the sign of the loss; a smaller learning rate, weight decay (AdamW), a normalisation layer"
 
 
 class CollapsingWeights(_WeightDrift):
@@ -217,16 +217,8 @@ class CollapsingWeights(_WeightDrift):
 
     condition = Condition.COLLAPSING_WEIGHTS
     sign = -1
-
-    def _verdict(self, drifting: dict[str, float]) -> Verdict:
-        factor = min(drifting.values())
-        return Verdict(
-            severity=Severity.WARNING,
-            summary=f"the weights shrink towards zero, by {100 * (1 - factor):.2g} % a step",
-            remedy="lower weight_decay: rate x decay is the share of every weight that is lost at each step",
-            layers=tuple(drifting),
-            evidence={"factor_per_step": factor},
-        )
+    course = "shrink towards zero"
+    remedy = "lower weight_decay: rate x decay is the share of every weight that is lost at each step"
 
 
 class LossSpike(Rule):
