@@ -10,10 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+settings.register_profile("project", deadline=None, derandomize=True)  # the same examples on any machine, in any time
+settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)

@@ -79,7 +79,7 @@ def test_nan_and_inf_are_seen_in_their_own_slot_only(bad: float, size: int, exac
     assert second == 2.0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 9), min_size=0, max_size=3), min_size=1, max_size=6),
     exponent=st.integers(-30, 18),

@@ -65,7 +65,7 @@ reports = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(record=records | reports)
 def test_json_round_trip(record: StepRecord | HealthReport) -> None:
     text = record.to_json()
@@ -75,7 +75,7 @@ def test_json_round_trip(record: StepRecord | HealthReport) -> None:
     assert again.to_json() == text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(report=reports)
 def test_any_report_renders(report: HealthReport) -> None:
     assert "GradHealth" in plain(render_health(report))
@@ -166,7 +166,6 @@ def test_an_init_report_renders() -> None:
 # --- pure functions ---
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=20), st.floats(1e-3, 1e3))
 def test_norm_ratios_are_scale_free_with_geometric_mean_one(rms: list[float], scale: float) -> None:
     ratios = [ratio for ratio in norm_ratios(rms) if ratio is not None]
@@ -203,7 +202,7 @@ def test_median_of_nothing() -> None:
 # --- history ---
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(count=st.integers(0, 300), limit=st.integers(1, 8).map(lambda half: 2 * half), seed=st.integers(0, 3))
 def test_history_is_bounded_even_and_loses_no_peak(count: int, limit: int, seed: int) -> None:
     values = np.random.default_rng(seed).lognormal(size=max(count, 1))[:count]

@@ -440,7 +440,7 @@ def test_causes_stand_before_symptoms() -> None:
     assert [finding.condition for finding in judgement.report(()).findings] == ["oversized_updates", "non_finite"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cut=st.integers(0, 40), seed=st.integers(0, 5))
 def test_property_state_survives_anywhere(cut: int, seed: int) -> None:
     source = random.Random(seed)

@@ -51,7 +51,7 @@ def test_the_integral_against_closed_forms():
     assert gain(lambda z: z > 1) == pytest.approx((0.5 * math.erfc(2**-0.5)) ** -0.5, rel=1e-12)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.floats(1e-3, 1e3), st.sampled_from([torch.tanh, F.gelu, F.relu, F.softplus]))
 def test_scaling_the_function_divides_the_gain(c, f):
     assert gain(lambda z: c * f(z)) == pytest.approx(gain(f) / c, rel=1e-12)

@@ -358,7 +358,7 @@ def ordered(names):
     return nn.ModuleDict({name: make[name]() for name in names})
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(
     st.permutations(["linear", "conv", "rnn", "attention"]),
     st.integers(),
