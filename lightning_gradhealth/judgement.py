@@ -51,10 +51,7 @@ class Judgement:
         self.non_finite_steps += record.non_finite_steps
         self.loss_seen = self.loss_seen or any(step.loss is not None for step in record.window)
         self.depth_seen = self.depth_seen or record.backward_gain is not None
-        self.layers = {
-            layer.name: layer if layer.optimizer is not None else self.layers.get(layer.name, layer)
-            for layer in record.layers
-        }
+        self.layers = {layer.name: _latest(layer, self.layers.get(layer.name)) for layer in record.layers}
         news = []
         for rule in list(self.rules):
             try:
@@ -169,6 +166,16 @@ class Judgement:
         self.non_finite_steps = state["non_finite_steps"]
         self.loss_seen = state["loss_seen"]
         self.depth_seen = state["depth_seen"]
+
+
+def _latest(new: LayerStats, old: LayerStats | None) -> LayerStats:
+    """The last that is known of a layer: what this record did not measure stays as it was."""
+    if old is None or new.weight_norm is not None:
+        return new
+    if new.optimizer is None:
+        return old
+    probed = ("weight_norm", "grad_to_weight", "update_to_weight")
+    return LayerStats(**{**vars(new), **{name: getattr(old, name) for name in probed}})
 
 
 def _with(finding: Finding, **changes: Any) -> Finding:

@@ -157,6 +157,14 @@ def test_notes_say_what_could_not_be_measured() -> None:
     assert session.flush().backward_gain is None
 
 
+def test_the_report_keeps_what_the_last_probe_measured() -> None:
+    model = mlp()
+    optimizer, session = torch.optim.SGD(model.parameters(), lr=0.1), HealthSession(model, probe_every_n_steps=5)
+    plain_loop(model, optimizer, session, 13, every=6)
+    for layer in session.report().layers:
+        assert None not in (layer.grad_norm, layer.weight_norm, layer.grad_to_weight, layer.update_to_weight)
+
+
 def test_nothing_observed() -> None:
     session = HealthSession(mlp())
     assert session.flush() == StepRecord(step=-1)
