@@ -35,14 +35,14 @@ def sample_indices(numel: int, size: int = SAMPLE) -> Tensor:
 
 
 def _top_rows(gradient: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Indices of the `rows` rows with the largest gradient, and 1.0 for each that has any, else 0.0."""
+    """Indices of the `rows` rows with the largest gradient, and whether each has any."""
     if gradient.layout is torch.sparse_coo:
         gradient = gradient.coalesce()
         peaks = _row_norms(gradient.values())
         top = torch.topk(peaks, min(rows, peaks.numel()))
-        return gradient.indices().select(0, 0).index_select(0, top.indices), (top.values > 0).double()
+        return gradient.indices().select(0, 0).index_select(0, top.indices), top.values > 0
     top = torch.topk(_row_norms(gradient), min(rows, gradient.shape[0]))
-    return top.indices, (top.values > 0).double()
+    return top.indices, top.values > 0
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
