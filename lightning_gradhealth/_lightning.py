@@ -46,8 +46,7 @@ def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | floa
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if isinstance(loss, (Tensor, float)):
         return loss  # divided by the batches that are accumulated already
-    value = trainer.callback_metrics.get(key) if key is not None else None
-    return None if value is None else value / trainer.accumulate_grad_batches
+    return trainer.callback_metrics.get(key) if key is not None else None
 
 
 def announcer(trainer: pl.Trainer, fallback: Callable[[str], None]) -> Callable[[str], None]:

@@ -43,13 +43,14 @@ class GradHealth(Callback):
     """Tracks gradient norms per layer, says what is wrong, where, since when and what to do.
 
     Add it to the Trainer's callbacks. It never changes training: weights, losses and random state are bit for
-    bit those without it. It reads the device once at every logged step and at no other.
+    bit those without it. It reads the device once at every logged step and at no other (but
+    once in 1,024 steps, where the Trainer logs more rarely).
 
     Args:
         probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
             two; None: the Trainer's `log_every_n_steps`.
         layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
-            "parameter", a depth, or regexes on parameter names (the first group names the layer).
+            "parameter", a depth, or one or more regexes on parameter names (the first group names the layer).
         log_layers: How many layers' own scalars the loggers get: "auto" (the worst ten), True, False, a number.
         rules: Rules of your own, in addition to the default ones.
         ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
@@ -78,11 +79,11 @@ class GradHealth(Callback):
         thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
         loss_key: str | None = None,
     ) -> None:
+        self.ignore = check_arguments(probe_every_n_steps, layers, rules, ignore, thresholds)
         self.probe_every_n_steps = probe_every_n_steps
         self.layers = layers
         self.log_layers = log_layers
         self.rules = list(rules)
-        self.ignore = check_arguments(probe_every_n_steps, layers, rules, ignore, thresholds)
         self.thresholds = thresholds
         self.loss_key = loss_key
         if loss_key is not None and not isinstance(loss_key, str):

@@ -86,7 +86,7 @@ class Judgement:
         if known is None:
             self.findings[finding.condition] = finding
             return True
-        hit = {*known.layers, *finding.layers} if known.layers and finding.layers else set()
+        hit = {*known.layers, *finding.layers}
         merged = {
             "first_step": min(known.first_step, finding.first_step),
             "last_step": finding.last_step,

@@ -7,6 +7,7 @@ for verdicts over depth.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+log = logging.getLogger("lightning_gradhealth")
 
 LayersSpec = str | int | Sequence[str]
 
@@ -171,6 +174,15 @@ class Layout:
                     layer = _group_of(name, owner, root, self.layers)
                     table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
                     self._add(name, parameter, layer, owner, embedding=table and parameter.ndim == 2)
+        for pattern in self._unmatched():
+            log.warning("gradhealth: layers: %r matches no parameter name; its layers are grouped by module", pattern)
+
+    def _unmatched(self) -> list[str]:
+        """The regexes of `layers` that match nothing."""
+        if isinstance(self.layers, int) or self.layers in ("module", "parameter"):
+            return []
+        patterns = [self.layers] if isinstance(self.layers, str) else self.layers
+        return [pattern for pattern in patterns if not any(re.match(pattern, slot.name) for slot in self.slots)]
 
     def adopt(self, parameter: nn.Parameter, name: str) -> int:
         """Give a slot to a parameter that an optimizer holds but the model does not."""

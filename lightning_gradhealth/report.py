@@ -87,9 +87,9 @@ def render_health(report: HealthReport) -> RenderableType:
     parts: list[RenderableType] = [Text(_headline(report), style=f"bold {colour}")]
     if report.layers:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("layer", no_wrap=True)
+        table.add_column("layer", overflow="fold")
         for title, _ in _COLUMNS:
-            table.add_column(title, justify="right")
+            table.add_column(title, justify="right", no_wrap=True)
         table.add_column("state")
         for layer, row in zip(report.layers, _rows(report), strict=True):
             severity = layer_state(layer, report.findings)[1]
@@ -163,7 +163,7 @@ def save_health(report: HealthReport, path: Path) -> Path:
     elif path.suffix == ".md":
         content = markdown(report)
     elif path.suffix == ".txt":
-        content = plain(render_health(report))
+        content = plain(render_health(report), width=160)
     else:
         raise ValueError(f"path must end in .json, .md or .txt, got {str(path)!r}; the suffix decides the format")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,18 +191,16 @@ def render_init(report: InitReport) -> RenderableType:
         'parameter'
     """
     table = Table(box=None, header_style="bold", pad_edge=False, caption=f"seed {report.seed}", caption_justify="left")
-    for title in ("parameter", "shape", "rule", "scheme"):
-        table.add_column(title)
-    for title in ("fan", "gain", "target std", "measured std"):
-        table.add_column(title, justify="right")
-    table.add_column("note")
+    table.add_column("parameter", overflow="fold", ratio=3)
+    table.add_column("rule and scheme", overflow="fold", ratio=2)
+    for title in ("fan", "gain", "std", "measured"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("note", overflow="fold", ratio=2)
     for entry in report.entries:
         style = "yellow" if entry.rule == "uncovered" else ("dim" if entry.scheme == "kept" else "")
         cells = (
-            entry.name,
-            "×".join(map(str, entry.shape)),
-            entry.rule,
-            f"{entry.scheme} {entry.distribution}".strip(),
+            f"{entry.name} {'×'.join(map(str, entry.shape))}",
+            f"{entry.rule}: {entry.scheme} {entry.distribution}".strip(),
             *(_figure(v) for v in (entry.fan, entry.gain, entry.target_std, entry.measured_std)),
             entry.note,
         )

@@ -59,15 +59,26 @@ def check_arguments(
     check_layers(layers)
     if not isinstance(thresholds, Thresholds):
         raise TypeError(f"thresholds must be a Thresholds, got {thresholds!r}; e.g. Thresholds(time_ratio=100.0)")
+    if not isinstance(rules, Sequence):
+        raise TypeError(f"rules must be a sequence of Rule instances, got {rules!r}; e.g. rules=[MyRule()]")
     for rule in rules:
         if not isinstance(rule, Rule) or not rule.condition:
             raise TypeError(
                 f"rules must be instances of subclasses of Rule with a condition, got {rule!r}; e.g. rules=[MyRule()]"
             )
+    return _check_ignore(ignore, rules)
+
+
+def _check_ignore(ignore: Ignore, rules: Sequence[Rule]) -> dict[str, str]:
     if ignore is None:
         ignore = {}
     elif isinstance(ignore, str):
         ignore = {ignore: ".*"}
+    elif not isinstance(ignore, Iterable):
+        raise TypeError(
+            f"ignore must be a condition, several, or condition -> regex, got {ignore!r};"
+            ' e.g. ignore={"stalled_layers": "head.*"}'
+        )
     elif not isinstance(ignore, Mapping):
         ignore = dict.fromkeys(ignore, ".*")
     known = {condition.value for condition in Condition} | {str(rule.condition) for rule in rules}

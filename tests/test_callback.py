@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_gradhealth import Condition, GradHealth, Rule, Severity, StepRecord, Thresholds, init_weights
+from lightning_gradhealth.judgement import Judgement
 
 
 def fit(module: pl.LightningModule, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
@@ -114,29 +115,26 @@ def test_a_finetuning_callback_that_unfreezes_later() -> None:
 # --- x values, accumulation, losses ---
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, 2, 3, 4])
 def test_steps_are_the_loggers_x_and_losses_are_whole(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    health = GradHealth()
-    monkeypatch.setattr(health, "_log", lambda trainer, record: seen.append(record))
-    module = Classifier()
-    losses: list[Tensor] = []
-    step = Classifier.training_step
-    monkeypatch.setattr(
-        Classifier,
-        "training_step",
-        lambda *a: losses.append(step(*a)) or losses[-1],  # type: ignore[func-returns-value]
-    )
-    run = fit(module, health, max_steps=23, accumulate_grad_batches=accumulate)
-    assert [record.step for record in seen] == [4, 9, 14, 19, 22]  # the last one at the end of the fit
+    seen: list[StepRecord] = []
+    judge = Judgement.add
+    monkeypatch.setattr(Judgement, "add", lambda self, record: seen.append(record) or judge(self, record))  # type: ignore[func-returns-value]
+    module, losses = Classifier(), []
+    step = module.training_step
+
+    def recorded(batch: list[Tensor], batch_idx: int) -> Tensor:
+        losses.append(step(batch, batch_idx))
+        return losses[-1]
+
+    module.training_step = recorded  # type: ignore[method-assign]
+    run = fit(module, GradHealth(), max_steps=20, accumulate_grad_batches=accumulate)
     window = [s for record in seen for s in record.window]
-    assert window[-1].step == run.global_step - 1
-    got = {s.step: s.loss for s in window}
-    for x, loss in got.items():
-        micro = losses[x * accumulate : (x + 1) * accumulate]
-        if len(micro) == accumulate and 8 % accumulate == 0:
-            assert loss == pytest.approx(sum(m.item() for m in micro) / accumulate, rel=1e-6)
-    assert None not in got.values()
+    assert [s.step for s in window] == list(range(20)) == list(range(run.global_step))
+    epoch = [range(i, min(i + accumulate, 8)) for i in range(0, 8, accumulate)]  # the last group may be short
+    groups = [[8 * e + i for i in group] for e in range(20) for group in epoch][:20]
+    expected = [sum(losses[i].item() for i in group) / accumulate for group in groups]
+    assert [s.loss for s in window] == pytest.approx(expected, rel=1e-6)
 
 
 class Manual(Classifier):
@@ -145,9 +143,11 @@ class Manual(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
         loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
         optimizer = self.optimizers()
         optimizer.zero_grad()
         self.manual_backward(loss)
@@ -157,10 +157,14 @@ class Manual(Classifier):
 
 @pytest.mark.parametrize("key", [None, "my_loss"])
 def test_manual_optimization(key: str | None) -> None:
-    health = GradHealth(loss_key=key)
-    fit(Manual(), health)
+    health, module = GradHealth(loss_key=key), Manual()
+    fit(module, health)
     assert health.report().steps == 23
     assert ("loss: unavailable" in health.report().notes) == (key is None)
+    spikes = health.state_dict()["judgement"]["rules"]["LossSpike:loss_spike:0"]["memory"]
+    assert spikes.get("of0", {}).get("recent", []) == pytest.approx(
+        module.losses[:20] if key else []
+    )  # three are pending
 
 
 # --- what it survives ---
@@ -492,6 +496,8 @@ trainer:
         ({"log_layers": "all"}, ValueError, r'log_layers must be "auto" .* got \'all\''),
         ({"rules": ["vanishing"]}, TypeError, "rules must be instances of subclasses of Rule .* got 'vanishing'"),
         ({"ignore": "dead_unit"}, ValueError, "ignore: 'dead_unit' is no condition; the conditions are collapsing_w"),
+        ({"rules": 3}, TypeError, "rules must be a sequence of Rule instances, got 3"),
+        ({"ignore": 3}, TypeError, "ignore must be a condition, several, or condition -> regex, got 3"),
         ({"ignore": {"loss_spike": "["}}, ValueError, r"ignore: '\[' is not a valid regular expression"),
         ({"thresholds": {"time_ratio": 3}}, TypeError, "thresholds must be a Thresholds, got .*; e.g. Thresholds"),
         ({"loss_key": 3}, TypeError, "loss_key must be the name of a logged metric or None, got 3"),

@@ -63,6 +63,11 @@ def test_wrong_grouping(layers: object, error: type[Exception], message: str) ->
         Layout(mlp(), layers)  # type: ignore[arg-type]
 
 
+def test_a_regex_that_matches_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert Layout(mlp(depth=2), "modul").names == ["0", "2"]
+    assert "layers: 'modul' matches no parameter name" in caplog.text
+
+
 def test_names_lose_what_wrappers_add() -> None:
     assert clean_name("_forward_module._fsdp_wrapped_module.a._checkpoint_wrapped_module.w") == "a.w"
     assert clean_name("module.weight") == "module.weight"  # a user's own attribute stays

@@ -145,6 +145,31 @@ def test_saving(tmp_path: Path, suffix: str) -> None:
         assert HealthReport.from_json(text).to_json() == sick().to_json()
 
 
+def test_tables_keep_figures_and_names_at_eighty_columns() -> None:
+    name = "net.encoder.transformer_blocks.{}.attention.out_proj.weight"
+    layers = tuple(
+        LayerStats(
+            name.format(i),
+            grad_norm=9.05e-9,
+            norm_ratio=7.5e-4,
+            grad_to_weight=4.2e-8,
+            update_to_weight=3.1e-9,
+            optimizer=0,
+        )
+        for i in range(3)
+    )
+    text = plain(render_health(HealthReport(layers=layers, steps=1)), width=80)
+    for figure in ("9.05e-09", "7.50e-04", "4.20e-08", "3.10e-09"):
+        assert text.count(figure) == 3
+    assert "…" not in text
+    figures = (1024.0, 1.0, 0.03125, 0.0312)
+    entry = InitEntry(name.format(0), "Linear", (1024, 1024), "MultiheadAttention", "xavier", "normal", *figures)
+    text = plain(render_init(InitReport((entry,))), width=80)
+    assert "0.03125" in text
+    assert "0.0312" in text
+    assert "…" not in text
+
+
 def test_saving_as_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"path must end in .json, .md or .txt, got .*health.doc'; the suffix decides"):
         sick().save(tmp_path / "health.doc")

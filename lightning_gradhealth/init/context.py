@@ -41,20 +41,34 @@ class Task:
     entry: InitEntry
     target: Tensor
     draw: Draw | None
+    rows: slice | None = None
+    padding: int | None = None
 
     def run(self, generator: torch.Generator) -> None:
-        """Fill the rows: drawn whole, in row-major order and on the CPU, then copied to where they live."""
-        if self.draw is not None:
-            numbers = torch.empty(self.target.shape, dtype=drawing_dtype(self.target), device="cpu")
-            self.draw(numbers, generator)
-            self.target.copy_(numbers)
+        """Fill the rows: drawn whole, in row-major order and on the CPU, then copied to where they live.
+
+        Raises:
+            ValueError: Not every element was filled with a number that the parameter can hold.
+        """
+        if self.draw is None:
+            return
+        numbers = torch.full(self.target.shape, torch.nan, dtype=drawing_dtype(self.target), device="cpu")
+        self.draw(numbers, generator)
+        if self.padding is not None:
+            numbers[self.padding] = self.target[self.padding].to(numbers)
+        if not numbers.to(self.target.dtype).isfinite().all():
+            raise ValueError(
+                f"the initializer {self.entry.rule} leaves NaN or Inf in {self.entry.name!r} ({self.target.dtype}): it"
+                " must fill every element in place, by numbers that the dtype can hold"
+            )
+        self.target.copy_(numbers)
 
 
 class InitContext:
     """What an initializer is given: the settings of the call, and the ways to say what is to be done.
 
-    Nothing is written before every module has had its say, so that an error leaves the model as it was. What
-    is frozen, skipped or already decided by an enclosing module's initializer is passed over in silence; so
+    Nothing is written before every module has had its say, so that a wrong argument leaves the model as it was.
+    What is frozen, skipped or already decided by an enclosing module's initializer is passed over in silence; so
     is None, as the bias of a layer without one. Methods that take `block` and `rows` may set a parameter by
     parts, each of its rows once.
 
@@ -97,13 +111,13 @@ class InitContext:
         self._visitor: object = None
         self._rule = ""
 
-    def enter(self, module: nn.Module | None, rule: str) -> None:
-        """From now on `module`'s initializer speaks, and the report calls it `rule`."""
-        self._visitor, self._rule = module, rule
+    def enter(self, rule: str) -> None:
+        """From now on another initializer speaks, and the report calls it `rule`."""
+        self._visitor, self._rule = object(), rule
 
     def leave(self, owned: Owned, rule: str, note: str = "") -> None:
         """Leave a parameter alone for a reason that no initializer overrules."""
-        self.enter(None, rule)
+        self.enter(rule)
         self.keep(owned.parameter, note)
 
     def weight_(
@@ -136,9 +150,6 @@ class InitContext:
         gain = self.gain if gain is None else gain
         fan = choose_fan(_part(parameter, rows).shape, self.mode, fan_in, fan_out)
         std = scaled_std(gain, self.gamma, fan)
-        padding = self._owned[id(parameter)].padding if rows is None and id(parameter) in self._owned else None
-        if padding is not None:
-            note = "; ".join(filter(None, (note, f"row {padding}, the padding, is kept")))
 
         def draw(numbers: Tensor, generator: torch.Generator) -> None:
             if numbers.numel():
@@ -150,8 +161,6 @@ class InitContext:
                     fan_in=fan,
                     generator=generator,
                 )
-            if padding is not None:
-                numbers[padding] = parameter[padding].to(numbers)
 
         self.fill_(
             parameter,
@@ -167,26 +176,37 @@ class InitContext:
         )
 
     def orthogonal_(
-        self, parameter: nn.Parameter | None, *, block: str = "", rows: slice | None = None, note: str = ""
+        self,
+        parameter: nn.Parameter | None,
+        *,
+        gain: float = 1.0,
+        block: str = "",
+        rows: slice | None = None,
+        note: str = "",
     ) -> None:
-        """Draw a matrix whose singular values are all 1; neither gain nor gamma scales it.
+        """Draw a matrix whose singular values are all `gain`; the call's gain and gamma do not scale it.
 
         Args:
             parameter: One of the model's parameters, a matrix.
+            gain: The singular values.
             block: Name of the block, where `rows` is only a part.
             rows: The rows that form the matrix.
             note: Why, where it is not obvious.
 
         Raises:
-            ValueError: `parameter` is none of the model's.
+            ValueError: `parameter` is none of the model's, or no matrix.
         """
         if parameter is None:
             return
+        shape = _part(parameter, rows).shape
+        if len(shape) != 2:
+            raise ValueError(f"parameter must be a matrix, got the shape {tuple(shape)}; use weight_ or fill_ for it")
         self.fill_(
             parameter,
-            lambda numbers, generator: orthogonal_(numbers, generator=generator),
+            lambda numbers, generator: orthogonal_(numbers, generator=generator).mul_(gain),
             scheme="orthogonal",
-            target_std=max(1, *_part(parameter, rows).shape) ** -0.5,
+            gain=gain,
+            target_std=gain * max(1, *shape) ** -0.5,
             block=block,
             rows=rows,
             note=note,
@@ -280,6 +300,9 @@ class InitContext:
         if self._decided_by.setdefault(name, self._visitor) is not self._visitor:
             return
         target = _part(parameter, rows)
+        padding = owned.padding if rows is None and draw is not None else None
+        if padding is not None:
+            note = "; ".join(filter(None, (note, f"row {padding}, the padding, is kept")))
         entry = InitEntry(
             name=f"{name}[{block}]" if block else name,
             module=type(owned.module).__name__,
@@ -295,7 +318,16 @@ class InitContext:
         blocks = self.tasks.setdefault(name, {})
         if not block:
             blocks.clear()
-        blocks[block] = Task(entry, target, draw)
+        blocks[block] = Task(entry, target, draw, rows, padding)
+
+    def is_open(self, parameter: nn.Parameter) -> bool:
+        """Whether it is still to be decided what becomes of a parameter.
+
+        Args:
+            parameter: One of the model's parameters.
+        """
+        owned = self._owned.get(id(parameter))
+        return owned is not None and owned.names[0] not in self._decided_by
 
 
 def _part(parameter: Tensor, rows: slice | None) -> Tensor:

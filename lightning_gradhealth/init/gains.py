@@ -107,6 +107,8 @@ def _second_moment(nonlinearity: Nonlinearity, *, derivative: bool) -> float:
         raise _no_activation(nonlinearity, "it cannot be called")
     slope = _square_slope(function)
     if slope is not None:
+        if not slope < math.inf:
+            raise _no_activation(nonlinearity, "its slope is NaN or too large")
         return (1 + slope) / 2  # slope 1 above 0 and `slope` below: forward and backward alike
     z, density = _nodes()
     try:
@@ -134,7 +136,7 @@ def _square_slope(function: Callable[[Tensor], Tensor]) -> float | None:
     if kind is nn.ReLU:
         return 0.0
     if isinstance(function, nn.LeakyReLU) and kind is nn.LeakyReLU:
-        return float(function.negative_slope) ** 2
+        return float(function.negative_slope) * float(function.negative_slope)
     if isinstance(function, nn.PReLU) and kind is nn.PReLU and not function.weight.is_meta:
         return float(function.weight.detach().double().square().mean())
     return None

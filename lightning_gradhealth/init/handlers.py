@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_gradhealth.init.context import InitContext
 from lightning_gradhealth.init.fans import fans
+from lightning_gradhealth.init.gains import gain as gain_of
 
 H = TypeVar("H", bound=Callable[..., None])
 
@@ -23,17 +24,19 @@ def initialize(module: nn.Module, context: InitContext) -> None:
 
 
 def visit(module: nn.Module, context: InitContext) -> None:
-    """Let the initializer of a module's class decide about the parameters that are still open."""
-    kind = next(cls for cls in type(module).__mro__ if cls in initialize.registry)
-    context.enter(module, _RULES.get(kind, kind.__name__))
-    initialize(module, context)
+    """Let the initializers of a module's class and then of its bases decide about what is still open."""
+    for kind in type(module).__mro__:
+        if kind in initialize.registry and kind is not object:
+            context.enter(_RULES.get(kind, kind.__name__))
+            initialize.registry[kind](module, context)
 
 
 def register_initializer(module_type: type[nn.Module]) -> Callable[[H], H]:
     """Teach `init_weights` what to do with a class of modules and its subclasses.
 
-    The initializer may also speak for the parameters of the module's children: an enclosing module comes
-    first, and what it has decided is not decided again. A later one for the same class replaces the earlier.
+    What it leaves open, the initializers of the bases decide: for a subclass of `nn.Linear` it is enough to
+    speak of what is new. It may also speak for the parameters of the module's children: an enclosing module
+    comes first, and what it has decided is not decided again. A later one for the same class replaces the earlier.
 
     Args:
         module_type: The class.
@@ -76,9 +79,14 @@ def register_initializer(module_type: type[nn.Module]) -> Callable[[H], H]:
 # under weight_norm, computes as its weight is none, and what it is computed from stays uncovered.
 
 
+def _open(module: nn.Module, context: InitContext) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that a module itself owns and that nobody has decided about."""
+    return [(n, p) for n, p in module.named_parameters(recurse=False) if context.is_open(p)]
+
+
 def _weighted(module: nn.Module, context: InitContext, gain: float | None = None) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
-        if name == "weight":
+    for name, parameter in _open(module, context):
+        if name == "weight" and parameter.ndim > 1:
             fan_in, fan_out = fans(module)
             context.weight_(parameter, fan_in=fan_in or None, fan_out=fan_out or None, gain=gain)
         elif name == "bias":
@@ -86,19 +94,19 @@ def _weighted(module: nn.Module, context: InitContext, gain: float | None = None
 
 
 def _embedding(module: nn.Embedding | nn.EmbeddingBag, context: InitContext) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in _open(module, context):
         if name == "weight":
             context.weight_(parameter, fan_in=1, fan_out=1, gain=1.0)
 
 
 def _norm(module: nn.Module, context: InitContext) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in _open(module, context):
         if name in ("weight", "bias"):
             context.constant_(parameter, 1.0 if name == "weight" else 0.0)
 
 
 def _prelu(module: nn.PReLU, context: InitContext) -> None:
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in _open(module, context):
         if name == "weight":
             context.keep(parameter, "the slopes were chosen when the module was made")
 
@@ -109,7 +117,8 @@ _GATES = {1: ("",), 3: ("reset", "update", "new"), 4: ("input", "forget", "cell"
 
 def _recurrent(module: nn.RNNBase | nn.RNNCellBase, context: InitContext) -> None:
     size = module.hidden_size
-    for name, parameter in module.named_parameters(recurse=False):
+    gain = gain_of("relu") if getattr(module, "nonlinearity", "") == "relu" else 1.0  # of an RNN; gates have none
+    for name, parameter in _open(module, context):
         match = _RECURRENT.fullmatch(name)
         if match is None:
             continue
@@ -117,22 +126,22 @@ def _recurrent(module: nn.RNNBase | nn.RNNCellBase, context: InitContext) -> Non
         if source == "hr":
             context.orthogonal_(parameter, note="the projection is part of the recurrence")
             continue
-        for index, gate in enumerate(_GATES[len(parameter) // size]):
+        for index, gate in enumerate(_GATES.get(len(parameter) // size, ())):
             rows = slice(index * size, (index + 1) * size)
             if kind == "bias":
                 forget = gate == "forget" and source == "ih"
                 note = "open at the start; this is the whole forget bias" if forget else ""
                 context.constant_(parameter, float(forget), block=gate, rows=rows, note=note)
             elif source == "hh":
-                context.orthogonal_(parameter, block=gate, rows=rows)
+                context.orthogonal_(parameter, gain=gain, block=gate, rows=rows)
             else:
                 fan_in, fan_out = fans(module, name)
-                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=1.0, block=gate, rows=rows)
+                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=gain, block=gate, rows=rows)
 
 
 def _attention(module: nn.MultiheadAttention, context: InitContext) -> None:
     size = module.embed_dim
-    for name, parameter in module.named_parameters(recurse=False):
+    for name, parameter in _open(module, context):
         if name == "in_proj_bias":
             context.constant_(parameter, 0.0)
         elif name in (

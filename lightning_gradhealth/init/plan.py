@@ -18,6 +18,7 @@ from lightning_gradhealth.init.fans import MODES
 from lightning_gradhealth.init.gains import Nonlinearity, gain
 from lightning_gradhealth.init.handlers import visit
 from lightning_gradhealth.init.schemes import DISTRIBUTIONS, SCHEMES, why_not_whole
+from lightning_gradhealth.layers import clean_name, unwrap
 from lightning_gradhealth.records import InitEntry, InitReport
 
 
@@ -37,7 +38,7 @@ def init_weights(
 
     Weights get the variance `(gamma * gain)^2 / fan`, biases 0, norm layers 1 and 0. Recurrent layers are
     drawn gate by gate, with orthogonal recurrent weights and a forget bias of 1 in total, attention
-    projection by projection; these and embeddings have gain 1, since no activation follows. A tied parameter
+    projection by projection; these and embeddings have gain 1 (an `nn.RNN` of ReLUs theirs). A tied parameter
     is drawn once, by its first owner; a padding row, buffers and frozen parameters stay as they are.
 
     Each parameter has random numbers of its own, made from the seed and its name: the order of the modules,
@@ -95,6 +96,7 @@ def init_weights(
     patterns = _patterns(skip)
     activation_gain = gain(chosen.nonlinearity if nonlinearity is None else nonlinearity)
 
+    model = unwrap(model)
     owned = _owned(model)
     context = InitContext(
         scheme=chosen, distribution=distribution, mode=mode, gain=activation_gain, gamma=gamma, owned=owned
@@ -122,11 +124,12 @@ def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:
 def _owned(model: nn.Module) -> dict[int, Owned]:
     """All parameters by identity, in registration order, each with its first owner and all its names."""
     found: dict[int, Owned] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = clean_name(path)
         if (reason := why_not_whole(parameter)) is not None:
             raise ValueError(f"the parameter {name!r} of model must hold its values, but it {reason}")
         first = found.get(id(parameter))
-        module = model.get_submodule(name.rpartition(".")[0])
+        module = model.get_submodule(path.rpartition(".")[0])
         padding = module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
         if first is None:
             found[id(parameter)] = Owned(parameter, module, (name,), padding)
@@ -138,9 +141,27 @@ def _owned(model: nn.Module) -> dict[int, Owned]:
 
 def _plan(model: nn.Module, context: InitContext, parameters: list[Owned], skip: list[re.Pattern[str]]) -> list[Task]:
     """Decide about every parameter, without touching any."""
+    _set_aside(context, parameters, skip)
+    _ask_initializers(model, context, parameters)
+    tasks = []
+    for owned in parameters:
+        name, *ties = owned.names
+        if name not in context.tasks:
+            context.leave(owned, "uncovered", _why_uncovered(owned))
+        blocks = list(context.tasks[name].values())
+        _check_rows(owned, blocks)
+        tied = f"tied: also {', '.join(ties)}" if ties else ""
+        for task in blocks:
+            note = "; ".join(filter(None, (task.entry.note, tied)))
+            tasks.append(replace(task, entry=replace(task.entry, note=note)))
+    return tasks
+
+
+def _set_aside(context: InitContext, parameters: list[Owned], skip: list[re.Pattern[str]]) -> None:
+    """Leave alone what is skipped, frozen or of a dtype that no scheme draws."""
     for pattern in skip:
         if not any(pattern.fullmatch(name) for owned in parameters for name in owned.names):
-            warnings.warn(f"skip: {pattern.pattern!r} matches no parameter's whole name", UserWarning, stacklevel=3)
+            warnings.warn(f"skip: {pattern.pattern!r} matches no parameter's whole name", UserWarning, stacklevel=4)
     for owned in parameters:
         if any(pattern.fullmatch(name) for pattern in skip for name in owned.names):
             context.leave(owned, "skipped")
@@ -150,25 +171,41 @@ def _plan(model: nn.Module, context: InitContext, parameters: list[Owned], skip:
             context.leave(owned, "integer", f"{owned.parameter.dtype}: initialise before quantising")
         elif not owned.parameter.requires_grad:
             context.leave(owned, "frozen")
-    for module in model.modules():  # a module comes before its children
-        visit(module, context)
-    tasks = []
-    for owned in parameters:
-        name, *ties = owned.names
-        if name not in context.tasks:
-            context.leave(owned, "uncovered", _why_uncovered(owned))
-        blocks = list(context.tasks[name].values())
-        covered = sum(task.target.numel() for task in blocks)
-        if covered != owned.parameter.numel():
+
+
+def _ask_initializers(model: nn.Module, context: InitContext, parameters: list[Owned]) -> None:
+    """Let every module's initializer have its say, a module's before its children's."""
+    before = [owned.parameter._version for owned in parameters]
+    for path, module in model.named_modules():
+        try:
+            visit(module, context)
+        except ValueError as error:
             raise ValueError(
-                f"the initializer {blocks[0].entry.rule} sets {covered} elements of {name!r}, which has"
-                f" {owned.parameter.numel()}; give each of its rows exactly one block"
+                f"{error} (asked for module {path!r}, a {type(module).__name__}: leave it alone by skip=[...], or say"
+                " what to do by @register_initializer)"
+            ) from error
+    for owned, version in zip(parameters, before, strict=True):
+        if owned.parameter._version != version:
+            raise ValueError(
+                f"an initializer has written into {owned.names[0]!r} by itself; let the context do it, by"
+                " context.weight_, constant_ or fill_, so that seeds, skip and the report hold"
             )
-        tied = f"tied: also {', '.join(ties)}" if ties else ""
-        for task in blocks:
-            note = "; ".join(filter(None, (task.entry.note, tied)))
-            tasks.append(replace(task, entry=replace(task.entry, note=note)))
-    return tasks
+
+
+def _check_rows(owned: Owned, blocks: list[Task]) -> None:
+    """Raise unless the blocks set each row of a parameter exactly once."""
+    if all(task.rows is None for task in blocks):
+        return
+    times = [0] * len(owned.parameter)
+    for task in blocks:
+        for row in range(len(times))[slice(None) if task.rows is None else task.rows]:
+            times[row] += 1
+    wrong = [row for row, count in enumerate(times) if count != 1]
+    if wrong:
+        raise ValueError(
+            f"the initializer {blocks[0].entry.rule} sets row {wrong[0]} of {owned.names[0]!r} {times[wrong[0]]} times;"
+            " give each of its rows exactly one block"
+        )
 
 
 def _why_uncovered(owned: Owned) -> str:

@@ -95,14 +95,14 @@ class DepthRule(Rule):
             return None
         verb = "vanish" if self.vanishing else "explode"
         bound = last * math.exp(sign * limit / 2)
+        share = (
+            f"the signal at {names[0]} is {ratio:.1e} of that at {names[-1]}" if ratio else f"none reaches {names[0]}"
+        )
         reach = f", gain {gain:.2g} per layer" if gain is not None else ""
         concerned = [name for name, value in chain if (value < bound if self.vanishing else value > bound)]
         return Verdict(
             severity=Severity.CRITICAL if fall < math.log(self.thresholds.depth_critical) else Severity.WARNING,
-            summary=(
-                f"gradients {verb} on the way to the first layers: the signal at {names[0]} is"
-                f" {f'{ratio:.1e}' if ratio else 'nothing'} of that at {names[-1]} over {len(chain)} layers{reach}"
-            ),
+            summary=f"gradients {verb} on the way to the first layers: over {len(chain)} layers {share}{reach}",
             remedy=_DEPTH_CURE if self.vanishing else _EXPLOSION_CURE,
             layers=tuple(concerned),
             evidence={

@@ -333,7 +333,7 @@ def test_errors_of_initializers():
 
     model = Patches()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="initializer half sets 12 elements of 'positions', which has 30"):
+    with pytest.raises(ValueError, match="initializer half sets row 2 of 'positions' 0 times"):
         init_weights(model, scheme="he")
 
     @register_initializer(Patches)
@@ -465,7 +465,7 @@ def _process_group(tmp_path):
 def test_a_model_inside_ddp():
     model = nn.parallel.DistributedDataParallel(nn.Linear(200, 200))
     report = init_weights(model, scheme="he", seed=0)
-    assert [entry.name for entry in report.entries] == ["module.weight", "module.bias"]
+    assert [entry.name for entry in report.entries] == ["weight", "bias"]
     assert report.entries[0].measured_std == pytest.approx(0.1, rel=0.03)
 
 
@@ -549,3 +549,95 @@ def test_a_tied_embedding_keeps_its_padding_whoever_owns_it(first: str) -> None:
 def test_a_skip_that_matches_nothing_is_said() -> None:
     with pytest.warns(UserWarning, match=r"skip: 'hed\\\\..\*' matches no parameter's whole name"):
         init_weights(nn.Linear(2, 2), scheme="he", skip=r"hed\..*")
+
+
+class Packed(nn.Module):
+    """A weight of five rows, to be set in blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(5, 4))
+
+
+def test_blocks_that_overlap_are_refused():
+    @register_initializer(Packed)
+    def overlapping(module, context):
+        context.weight_(module.w, block="a", rows=slice(0, 3))
+        context.weight_(module.w, block="b", rows=slice(2, 5))
+
+    with pytest.raises(ValueError, match="overlapping sets row 2 of 'w' 2 times; give each of its rows exactly one"):
+        init_weights(Packed(), scheme="he")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [lambda n, g: torch.ones(5, 4), lambda n, g: n.fill_(math.nan), lambda n, g: n[:4].normal_(generator=g)],
+    ids=["returns instead of filling", "NaN", "leaves a row"],
+)
+def test_a_draw_that_does_not_fill_is_refused(draw):
+    @register_initializer(Packed)
+    def careless(module, context):
+        context.fill_(module.w, draw)
+
+    model = Packed()
+    with pytest.raises(ValueError, match=r"careless leaves NaN or Inf in 'w'.*must fill every element in place"):
+        init_weights(model, scheme="he")
+    assert not model.w.any()
+
+
+def test_a_gamma_beyond_the_dtype_is_refused():
+    with pytest.raises(ValueError, match=r"leaves NaN or Inf in 'weight' \(torch.float16\)"):
+        init_weights(nn.Linear(4, 4).half(), scheme="he", gamma=1e6)
+
+
+def test_an_initializer_that_writes_by_itself_is_told_so():
+    @register_initializer(Packed)
+    def direct(module, context):
+        nn.init.ones_(module.w)
+
+    with pytest.raises(ValueError, match="has written into 'w' by itself; let the context do it"):
+        init_weights(Packed(), scheme="he")
+
+
+def test_a_subclass_speaks_only_of_what_is_new():
+    class Shifted(nn.Linear):
+        def __init__(self):
+            super().__init__(64, 32)
+            self.shift = nn.Parameter(torch.ones(3))
+
+    @register_initializer(Shifted)
+    def shifted(module, context):
+        context.constant_(module.shift, 0.5)
+
+    entries = {entry.name: entry for entry in init_weights(Shifted(), scheme="he", seed=0).entries}
+    assert {name: entry.rule for name, entry in entries.items()} == {
+        "weight": "Linear",
+        "bias": "Linear",
+        "shift": "shifted",
+    }
+    assert entries["weight"].fan == 64
+
+
+@pytest.mark.parametrize("skip", [[], [r"0\.weight"]])
+def test_a_linear_with_an_odd_weight_is_uncovered_or_skipped(skip):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.ones(4))
+    report = init_weights(model, scheme="he", skip=skip, on_uncovered="ignore")
+    assert report.entries[0].rule == ("skipped" if skip else "uncovered")
+
+
+def test_a_compiled_model_gets_the_same_weights():
+    plain, compiled = nn.Sequential(nn.Linear(8, 8)), torch.compile(nn.Sequential(nn.Linear(8, 8)), backend="eager")
+    for model in (plain, compiled):
+        init_weights(model, scheme="he", seed=3)
+    assert torch.equal(plain[0].weight, compiled._orig_mod[0].weight)
+
+
+def test_a_recurrent_net_of_relus_keeps_its_gradient_through_time():
+    torch.manual_seed(0)
+    rnn = nn.RNN(16, 256, nonlinearity="relu")
+    init_weights(rnn, scheme="he", seed=0)
+    x = torch.randn(40, 8, 16, requires_grad=True)
+    rnn(x)[0][-1].square().sum().backward()
+    norms = x.grad.flatten(1).norm(dim=1)
+    assert 0.05 < norms[0] / norms[-1] < 20
