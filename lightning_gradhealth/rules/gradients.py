@@ -96,7 +96,9 @@ class DepthRule(Rule):
         verb = "vanish" if self.vanishing else "explode"
         bound = last * math.exp(sign * limit / 2)
         share = (
-            f"the signal at {names[0]} is {ratio:.1e} of that at {names[-1]}" if ratio else f"none reaches {names[0]}"
+            f"the signal at {names[0]} is {ratio:.1e} of that at {names[-1]}"
+            if ratio
+            else f"nothing reaches {names[0]}"
         )
         reach = f", gain {gain:.2g} per layer" if gain is not None else ""
         concerned = [name for name, value in chain if (value < bound if self.vanishing else value > bound)]
