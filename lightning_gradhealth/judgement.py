@@ -103,7 +103,7 @@ class Judgement:
         holding = {str(rule.condition) for rule in self.rules if rule.active}
         return sum(f.severity is not Severity.INFO and str(f.condition) in holding for f in self.findings.values())
 
-    def report(self, notes: Sequence[str], aside: str = "") -> HealthReport:
+    def report(self, notes: Sequence[str]) -> HealthReport:
         """The verdict so far: the gravest finding first, then the earliest, then the cause before its symptoms."""
         rank = {str(rule.condition): position for position, rule in reversed(list(enumerate(self.rules)))}
         findings = sorted(
@@ -118,7 +118,6 @@ class Judgement:
             non_finite_steps=self.non_finite_steps,
             trend=self.history.trend(),
             notes=tuple(notes),
-            aside=aside,
         )
 
     def _rule_keys(self) -> list[tuple[str, Rule]]:

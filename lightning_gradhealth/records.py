@@ -210,9 +210,6 @@ class StepRecord(Record):
         return None if math.isnan(value) else value
 
 
-Evidence = dict[str, Any]
-
-
 @dataclass(frozen=True)
 class Finding(Record):
     """One thing that is, or was, wrong: what, where, since when, how one knows, and what to do.
@@ -240,7 +237,7 @@ class Finding(Record):
     first_step: int
     last_step: int
     summary: str = ""
-    evidence: Evidence = field(default_factory=dict)
+    evidence: dict[str, Any] = field(default_factory=dict)
     remedy: str = ""
 
     def __post_init__(self) -> None:

@@ -258,9 +258,9 @@ class HealthSession:
         return records[-1] if records else self._last
 
     def _peek(self) -> tuple[Judgement, list[StepRecord]]:
-        """A copy of the judgement that has seen the pending window too, and that window's records."""
+        """The judgement, or a copy of it that has seen the pending window too, and that window's records."""
         records = self.monitor.records(read_once(self.monitor.pending()))
-        judgement = copy.deepcopy(self.judgement)
+        judgement = copy.deepcopy(self.judgement) if records else self.judgement
         for record in records:
             judgement.add(record)
         return judgement, records
@@ -286,14 +286,10 @@ class HealthSession:
         """Whether a step with this x value has been observed since the last flush."""
         return bool(self.monitor.rows) and self.monitor.rows[-1].step == step
 
-    def report(self, aside: str = "") -> HealthReport:
-        """The verdict so far, steps since the last flush included (reads the device once if there are any).
-
-        Args:
-            aside: Why the run was not watched to the end, if it was not.
-        """
+    def report(self) -> HealthReport:
+        """The verdict so far, steps since the last flush included (reads the device once if there are any)."""
         judgement, _ = self._peek()
-        return judgement.report(self._notes(judgement), aside)
+        return judgement.report(self._notes(judgement))
 
     def _notes(self, judgement: Judgement) -> list[str]:
         notes = []

@@ -93,13 +93,13 @@ class HostRow:
         """The loggers' x value."""
         return self.row.step
 
-    @property
+    @functools.cached_property
     def overflow(self) -> bool:
         """The loss scaler met an overflow while the loss was finite, so that it skips the step."""
         finite_loss = self.loss is None or math.isfinite(self.loss)
         return self.row.scaled and finite_loss and not bool(np.isfinite(self.norms).all())
 
-    @property
+    @functools.cached_property
     def total_norm(self) -> float | None:
         """L2 norm of all gradients; None where there is none, or the scaler skips the step."""
         return None if self.overflow or not len(self.norms) else float(np.sqrt(np.sum(self.norms**2)))
