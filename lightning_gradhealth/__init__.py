@@ -12,9 +12,25 @@ if TYPE_CHECKING:
     from lightning_gradhealth.callback import (
         GradHealth as GradHealth,
     )
+    from lightning_gradhealth.errors import (
+        GradHealthError as GradHealthError,
+        NonFiniteGradientError as NonFiniteGradientError,
+    )
     from lightning_gradhealth.gradients import (
+        Chain as Chain,
+        Clipper as Clipper,
+        Cut as Cut,
         Decision as Decision,
         GradientMonitor as GradientMonitor,
+        Gradients as Gradients,
+        LayerwiseClip as LayerwiseClip,
+        NormClip as NormClip,
+        PercentileClip as PercentileClip,
+        SignClip as SignClip,
+        UnitwiseClip as UnitwiseClip,
+        ValueClip as ValueClip,
+        WhenExploding as WhenExploding,
+        ZScoreClip as ZScoreClip,
     )
     from lightning_gradhealth.init import (
         Fans as Fans,
@@ -60,7 +76,23 @@ __version__ = "0.1.0"
 _HOMES = {
     "callback": ("GradHealth",),
     "session": ("HealthSession",),
-    "gradients": ("Decision", "GradientMonitor"),
+    "errors": ("GradHealthError", "NonFiniteGradientError"),
+    "gradients": (
+        "Chain",
+        "Clipper",
+        "Cut",
+        "Decision",
+        "GradientMonitor",
+        "Gradients",
+        "LayerwiseClip",
+        "NormClip",
+        "PercentileClip",
+        "SignClip",
+        "UnitwiseClip",
+        "ValueClip",
+        "WhenExploding",
+        "ZScoreClip",
+    ),
     "rules": ("Rule", "Thresholds", "Verdict"),
     "records": (
         "Condition",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
+
+from lightning_gradhealth.sharding import is_flat, is_sharded
 
 
 def logged_step(trainer: pl.Trainer) -> int:
@@ -47,6 +50,52 @@ def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | floa
     if isinstance(loss, (Tensor, float)):
         return loss  # divided by the batches that are accumulated already
     return trainer.callback_metrics.get(key) if key is not None else None
+
+
+def outermost(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module:
+    """The model as the strategy wrapped it where parameters are flat shards of that wrapper, else the module."""
+    wrapped = trainer.strategy.model
+    return module if wrapped is None or not any(map(is_flat, module.parameters())) else wrapped
+
+
+def rerun(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Callable[[], Any] | None:
+    """A function that runs `training_step` on a batch again; None where that would do more than a forward pass."""
+    takes = signature(module.training_step).parameters
+    if not module.automatic_optimization or "dataloader_iter" in takes:
+        return None
+    arguments = (batch, batch_idx)[: len(takes)]
+
+    def run() -> Any:
+        with trainer.precision_plugin.train_step_context():
+            if any(map(is_sharded, module.parameters())):  # through the wrapper, which gathers the weights
+                return trainer.strategy.training_step(*arguments)
+            return module.training_step(*arguments)
+
+    return run
+
+
+def other_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
+    """What else changes the gradients between the callback and the optimizer, in words."""
+    notes = []
+    if trainer.gradient_clip_val:
+        kind = trainer.gradient_clip_algorithm or "norm"
+        notes.append(
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips by {kind.removeprefix('GradClipAlgorithmType.')}"
+            " after GradHealth: the smaller limit holds; applied_norm is what is left"
+        )
+    own = getattr(type(module), "configure_gradient_clipping", None)
+    if own is not None and not (own.__module__ or "").startswith(("lightning.", "pytorch_lightning.")):
+        notes.append(
+            f"{type(module).__name__}.configure_gradient_clipping is overridden: what it does to the gradients comes"
+            " after GradHealth; applied_norm is what is left"
+        )
+    return notes
+
+
+def anywhere(trainer: pl.Trainer, flag: bool) -> str:
+    """Words for a stop that another rank asks for; empty where none does. All ranks call it."""
+    asked = trainer.strategy.reduce_boolean_decision(flag, all=False)
+    return "another rank has found a condition of stop_on" if asked else ""
 
 
 def announcer(trainer: pl.Trainer, fallback: Callable[[str], None]) -> Callable[[str], None]:

@@ -12,10 +12,20 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lightning_gradhealth import _lightning
+from lightning_gradhealth.errors import GradHealthError
+from lightning_gradhealth.gradients import Clip
 from lightning_gradhealth.layers import LayersSpec
 from lightning_gradhealth.records import HealthReport, StepRecord
 from lightning_gradhealth.rules import Rule, Thresholds
-from lightning_gradhealth.session import DEFAULT_CADENCE, HealthSession, Ignore, check_arguments
+from lightning_gradhealth.response import OnNonFinite
+from lightning_gradhealth.session import (
+    DEFAULT_CADENCE,
+    HealthSession,
+    Ignore,
+    StopOn,
+    check_arguments,
+    check_stop_on,
+)
 from lightning_gradhealth.sinks import LoggerSink, LogLayers
 
 log = logging.getLogger("lightning_gradhealth")
@@ -33,6 +43,8 @@ def _never_fatal(hook: Hook[P]) -> Hook[P]:
             return
         try:
             hook(self, *args, **kwargs)
+        except GradHealthError:  # raised on purpose
+            raise
         except Exception as error:
             self._step_aside(f"{type(error).__name__}: {error}", error)
 
@@ -42,11 +54,20 @@ def _never_fatal(hook: Hook[P]) -> Hook[P]:
 class GradHealth(Callback):
     """Tracks gradient norms per layer, says what is wrong, where, since when and what to do.
 
-    Add it to the Trainer's callbacks. It never changes training: weights, losses and random state are bit for
-    bit those without it. It reads the device once at every logged step and at no other (but
-    once in 1,024 steps, where the Trainer logs more rarely).
+    Add it to the Trainer's callbacks. Unless `clip`, `on_non_finite` or `stop_on` says so, it never changes training:
+    weights, losses and random state are bit for bit those without it. It reads the device once at every logged step
+    and at no other (but once in 1,024 steps, where the Trainer logs more rarely).
 
     Args:
+        clip: "adaptive" (`WhenExploding()`: clip while an explosion of the gradient norm is detected, and leave every
+            bit alone otherwise), a clipper, which always acts, or None. `Trainer(gradient_clip_val=...)` comes after
+            it: the smaller of both limits holds.
+        on_non_finite: What to do about NaN and Inf in gradients: "warn"; "skip" the optimizer step, so that weights,
+            moments, weight decay and step count stay as they are (the Trainer's `global_step` and the schedulers go
+            on); "raise" an error; or skip it and "stop" the fit. The last three run the batch's forward again to
+            name the module where it began; they read one flag a step, unless the step is skipped by a fused
+            optimizer. Under a loss scaler, which skips such steps by itself, nothing is done.
+        stop_on: Condition or conditions that end the fit when found with severity warning or above.
         probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
             two; None: the Trainer's `log_every_n_steps`.
         layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
@@ -71,6 +92,9 @@ class GradHealth(Callback):
 
     def __init__(
         self,
+        clip: Clip = None,
+        on_non_finite: OnNonFinite = "warn",
+        stop_on: StopOn = (),
         probe_every_n_steps: int | None = None,
         layers: LayersSpec = "module",
         log_layers: LogLayers = "auto",
@@ -79,7 +103,11 @@ class GradHealth(Callback):
         thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
         loss_key: str | None = None,
     ) -> None:
-        self.ignore = check_arguments(probe_every_n_steps, layers, rules, ignore, thresholds)
+        self.clip = clip
+        self.on_non_finite = on_non_finite
+        self.stop_on = stop_on
+        check_stop_on(stop_on, rules)
+        self.ignore = check_arguments(clip, on_non_finite, probe_every_n_steps, layers, rules, ignore, thresholds)
         self.probe_every_n_steps = probe_every_n_steps
         self.layers = layers
         self.log_layers = log_layers
@@ -114,12 +142,21 @@ class GradHealth(Callback):
     ) -> None:
         """At the first batch, start watching the model, which has its final form now."""
         if self._session is not None:
+            self._remember(trainer, pl_module, batch, batch_idx)
             return
         if _lightning.hides_gradients(trainer):
+            if self.clip is not None or self.on_non_finite != "warn":
+                raise GradHealthError(
+                    "DeepSpeed keeps the gradients to itself, so that clip and on_non_finite can do nothing; leave"
+                    " them out, and give DeepSpeed its own: Trainer(gradient_clip_val=...)"
+                )
             self._step_aside("gradients are unavailable under DeepSpeed, which keeps them to itself")
             return
         self._session = HealthSession(
-            pl_module,
+            _lightning.outermost(trainer, pl_module),
+            clip=self.clip,
+            on_non_finite=self.on_non_finite,
+            stop_on=self.stop_on,
             probe_every_n_steps=self.probe_every_n_steps or _lightning.log_cadence(trainer),
             layers=self.layers,
             rules=self.rules,
@@ -129,7 +166,17 @@ class GradHealth(Callback):
         )
         for optimizer in trainer.optimizers:
             self._session.monitor.index_of(optimizer)
+        self._session.notes += _lightning.other_clipping(trainer, pl_module)
         self._load()
+
+        self._remember(trainer, pl_module, batch, batch_idx)
+
+    def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep what it takes to run this batch again, if a NaN is to be traced to its origin."""
+        if self._session is not None and self.on_non_finite != "warn":
+            rerun = _lightning.rerun(trainer, pl_module, batch, batch_idx)
+            if rerun is not None:
+                self._session.response.remember(rerun)
 
     @_never_fatal
     def on_before_optimizer_step(
@@ -139,6 +186,7 @@ class GradHealth(Callback):
         if self._session is not None:
             scaler, step = _lightning.grad_scaler(trainer), _lightning.logged_step(trainer)
             self._session.apply(self._session.observe(optimizer, grad_scaler=scaler, step=step))
+            self._stop(trainer, self._session.response.stop)
 
     @_never_fatal
     def on_train_batch_end(
@@ -153,6 +201,15 @@ class GradHealth(Callback):
         step = _lightning.logged_step(trainer)
         if self._session.observed(step) and _lightning.due(trainer, step, DEFAULT_CADENCE):
             self._log(trainer, self._session.flush())
+            if self.stop_on:  # losses differ from rank to rank, and so may findings
+                found = self._session.should_stop
+                elsewhere = _lightning.anywhere(trainer, bool(found))
+                self._stop(trainer, found or elsewhere)
+
+    def _stop(self, trainer: pl.Trainer, why: str) -> None:
+        if why and not trainer.should_stop:
+            trainer.should_stop = True
+            _lightning.announcer(trainer, log.warning)(f"gradhealth: ends the fit: {why}")
 
     @_never_fatal
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -180,7 +237,10 @@ class GradHealth(Callback):
 
     def _step_aside(self, why: str, error: Exception | None = None) -> None:
         self._aside = why
-        log.warning("gradhealth: steps aside for the rest of this run, training goes on (%s)", why, exc_info=error)
+        acts = " WITHOUT clipping and on_non_finite" if self.clip is not None or self.on_non_finite != "warn" else ""
+        log.warning(
+            "gradhealth: steps aside for the rest of this run, training goes on%s (%s)", acts, why, exc_info=error
+        )
         if self._session is not None:
             self._session.close()
 

@@ -40,6 +40,8 @@ class Judgement:
         self.step = -1
         self.steps = 0
         self.non_finite_steps = 0
+        self.clipped_steps = 0
+        self.skipped_steps = 0
         self.loss_seen = False
         self.depth_seen = False
 
@@ -49,6 +51,8 @@ class Judgement:
         self.step = record.step
         self.steps += len(record.window)
         self.non_finite_steps += record.non_finite_steps
+        self.clipped_steps += record.clipped_steps
+        self.skipped_steps += record.skipped_steps
         self.loss_seen = self.loss_seen or any(step.loss is not None for step in record.window)
         self.depth_seen = self.depth_seen or record.backward_gain is not None
         self.layers = {layer.name: _latest(layer, self.layers.get(layer.name)) for layer in record.layers}
@@ -93,9 +97,15 @@ class Judgement:
             "layers": tuple(name for name in self.layers if name in hit),
         }
         graver = finding.severity.rank > known.severity.rank
-        wider = finding.severity is known.severity and len(finding.layers) > len(known.layers)
-        self.findings[finding.condition] = _with(finding if graver or wider else known, **merged)
+        same = finding.severity is known.severity
+        newer = same and (len(finding.layers) > len(known.layers) or finding.condition in self._running)
+        self.findings[finding.condition] = _with(finding if graver or newer else known, **merged)
         return graver
+
+    @property
+    def _running(self) -> set[str]:
+        """Conditions of which the latest account counts, not the first."""
+        return {str(rule.condition) for rule in self.rules if rule.running}
 
     @property
     def active(self) -> int:
@@ -116,6 +126,8 @@ class Judgement:
             step=self.step,
             steps=self.steps,
             non_finite_steps=self.non_finite_steps,
+            clipped_steps=self.clipped_steps,
+            skipped_steps=self.skipped_steps,
             trend=self.history.trend(),
             notes=tuple(notes),
         )
@@ -148,6 +160,8 @@ class Judgement:
             "step": self.step,
             "steps": self.steps,
             "non_finite_steps": self.non_finite_steps,
+            "clipped_steps": self.clipped_steps,
+            "skipped_steps": self.skipped_steps,
             "loss_seen": self.loss_seen,
             "depth_seen": self.depth_seen,
         }
@@ -163,6 +177,8 @@ class Judgement:
         self.step = state["step"]
         self.steps = state["steps"]
         self.non_finite_steps = state["non_finite_steps"]
+        self.clipped_steps = state["clipped_steps"]
+        self.skipped_steps = state["skipped_steps"]
         self.loss_seen = state["loss_seen"]
         self.depth_seen = state["depth_seen"]
 
@@ -173,7 +189,7 @@ def _latest(new: LayerStats, old: LayerStats | None) -> LayerStats:
         return new
     if new.optimizer is None:
         return old
-    probed = ("weight_norm", "grad_to_weight", "update_to_weight")
+    probed = ("weight_norm", "grad_to_weight", "update_to_weight", "applied_norm")
     return LayerStats(**{**vars(new), **{name: getattr(old, name) for name in probed}})
 
 

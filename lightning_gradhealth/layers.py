@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_gradhealth.sharding import is_flat
+
 log = logging.getLogger("lightning_gradhealth")
 
 LayersSpec = str | int | Sequence[str]
@@ -122,6 +124,7 @@ class Slot:
         owner: Clean path of the module that owns it.
         is_bias: Its gradient is a batch sum of dL/d(output), so that it can stand in for the backward signal.
         is_embedding: Its rows are looked up, so that only touched rows move.
+        kind: Class of the module that owns it.
     """
 
     name: str
@@ -130,6 +133,7 @@ class Slot:
     owner: str
     is_bias: bool
     is_embedding: bool
+    kind: type[nn.Module] = nn.Module
 
 
 class Layout:
@@ -144,6 +148,8 @@ class Layout:
         slots: The parameters, in registration order.
         members: For each layer, its slots.
         slot_of: Slot of each parameter, by its identity.
+        sizes: Number of elements of each slot, over all ranks.
+        flat: Slots that are flat shards of FSDP1, of which a rank may hold nothing.
 
     Example:
         >>> layout = Layout(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
@@ -158,6 +164,8 @@ class Layout:
         self.slots: list[Slot] = []
         self.members: list[list[int]] = []
         self.slot_of: dict[int, int] = {}
+        self.sizes: list[int] = []
+        self.flat: set[int] = set()
         self._number: dict[str, int] = {}
         self._used: list[str] = []
         self._cancelled: frozenset[int] | None = None
@@ -173,7 +181,7 @@ class Layout:
                     name = clean_name(f"{path}.{key}" if path else key)
                     layer = _group_of(name, owner, root, self.layers)
                     table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
-                    self._add(name, parameter, layer, owner, embedding=table and parameter.ndim == 2)
+                    self._add(name, parameter, layer, owner, type(module), embedding=table and parameter.ndim == 2)
         for pattern in self._unmatched():
             log.warning("gradhealth: layers: %r matches no parameter name; its layers are grouped by module", pattern)
 
@@ -186,10 +194,12 @@ class Layout:
 
     def adopt(self, parameter: nn.Parameter, name: str) -> int:
         """Give a slot to a parameter that an optimizer holds but the model does not."""
-        self._add(name, parameter, name, "", embedding=False)
+        self._add(name, parameter, name, "", nn.Module, embedding=False)
         return self.slot_of[id(parameter)]
 
-    def _add(self, name: str, parameter: nn.Parameter, layer: str, owner: str, embedding: bool) -> None:
+    def _add(
+        self, name: str, parameter: nn.Parameter, layer: str, owner: str, kind: type[nn.Module], embedding: bool
+    ) -> None:
         if layer not in self._number:
             self._number[layer] = len(self.names)
             self.names.append(layer)
@@ -197,8 +207,16 @@ class Layout:
         self.members[self._number[layer]].append(len(self.slots))
         is_bias = parameter.ndim == 1 and name.rpartition(".")[2].startswith(("bias", "in_proj_bias"))
         self.slot_of[id(parameter)] = len(self.slots)
-        self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding))
+        if is_flat(parameter) and parameter.requires_grad:
+            self.flat.add(len(self.slots))
+        self.sizes.append(parameter.numel())
+        self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding, kind))
         self._cancelled = None
+
+    def set_sizes(self, slots: Sequence[int], sizes: Sequence[int]) -> None:
+        """Learn how large whole parameters are of which this rank holds a part."""
+        for slot, size in zip(slots, sizes, strict=True):
+            self.sizes[slot] = size
 
     # --- order of first use ---
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class Condition(str, Enum):
-    """What can be wrong with a training run.
+    """What can be wrong with a training run, and that its clipping has set in.
 
-    The last four speak of signals inside the network, which are not measured yet: no rule concludes them.
+    Four speak of signals inside the network, which are not measured yet: no rule concludes them.
 
     Example:
         >>> Condition("non_finite") is Condition.NON_FINITE
@@ -43,6 +43,7 @@ class Condition(str, Enum):
     EXPLODING_ACTIVATIONS = "exploding_activations"
     DEAD_UNITS = "dead_units"
     SATURATED_UNITS = "saturated_units"
+    ADAPTIVE_CLIPPING = "adaptive_clipping"
 
     def __str__(self) -> str:
         return self.value
@@ -85,6 +86,7 @@ class LayerStats(Record):
         numel: Number of elements of its parameters that had a gradient (of all, where none had).
         grad_norm: L2 norm of its gradient at the last optimizer step of the window, before any clipping.
         grad_norm_max: The largest finite one since the previous record.
+        applied_norm: L2 norm of the gradient that the optimizer was given, after all clipping (probed steps).
         norm_ratio: RMS gradient over the geometric mean of the layers with a finite, positive one.
         non_finite: Steps since the previous record at which its gradient had a NaN or Inf.
         bias_grad_rms: RMS gradient of its biases: stands in for the backward signal at its output.
@@ -108,6 +110,7 @@ class LayerStats(Record):
     numel: int = 0
     grad_norm: float | None = None
     grad_norm_max: float | None = None
+    applied_norm: float | None = None
     norm_ratio: float | None = None
     non_finite: int = 0
     bias_grad_rms: float | None = None
@@ -142,6 +145,14 @@ class StepStats(Record):
         loss: The training loss of the step, or None where it is not known.
         non_finite: A gradient had a NaN or Inf.
         overflow: The loss scaler met one and skips the step, as it does now and then.
+        skipped: The step was skipped, by `on_non_finite`.
+        origin: Where a NaN or Inf came from, where that was looked into.
+        clip_coefficient: Total norm after the session's clipping over that before; None where nothing clips, or it
+            is not one factor.
+        clipped: The session's clipping changed the gradients.
+        armed: The clipping's gate is open; None where there is no gate.
+        would_clip: The coefficient of a dry run: what would have been done.
+        applied_norm: L2 norm of what the optimizer was given, after all clipping, the Trainer's too (probed steps).
         learning_rate: The largest rate of the optimizer's groups (None where it lives on the device).
 
     Example:
@@ -156,6 +167,13 @@ class StepStats(Record):
     non_finite: bool = False
     overflow: bool = False
     learning_rate: float | None = None
+    skipped: bool = False
+    origin: str = ""
+    clip_coefficient: float | None = None
+    clipped: bool = False
+    armed: bool | None = None
+    would_clip: float | None = None
+    applied_norm: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,6 +184,7 @@ class StepRecord(Record):
         step: The loggers' x value of the last optimizer step of the window.
         total_norm: L2 norm over all layers' gradients at their last step.
         total_norm_max: The largest finite total norm of the window (spikes between two logs are never lost).
+        applied_norm: The same of what the optimizers were given, after all clipping, at the last probed step.
         clip_coefficient: The smallest factor that clipping applied in the window; None where nothing clips.
         layers: One entry a layer, in order of first use in the forward pass.
         window: One entry an optimizer step since the previous record.
@@ -180,6 +199,7 @@ class StepRecord(Record):
     step: int
     total_norm: float | None = None
     total_norm_max: float | None = None
+    applied_norm: float | None = None
     clip_coefficient: float | None = None
     layers: tuple[LayerStats, ...] = ()
     window: tuple[StepStats, ...] = ()
@@ -193,6 +213,22 @@ class StepRecord(Record):
     def non_finite_steps(self) -> int:
         """Steps of the window at which a gradient was NaN or Inf."""
         return sum(step.non_finite for step in self.window)
+
+    @property
+    def clipped_steps(self) -> int:
+        """Steps of the window whose gradients were clipped."""
+        return sum(step.clipped for step in self.window)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the window that were skipped."""
+        return sum(step.skipped for step in self.window)
+
+    @property
+    def armed(self) -> bool | None:
+        """Whether a gate was open at the end of the window; None where there is none."""
+        last = {step.optimizer: step.armed for step in self.window if step.armed is not None}
+        return any(last.values()) if last else None
 
     @property
     def norm_ratios(self) -> list[float]:
@@ -271,8 +307,8 @@ class HealthReport(Record):
         step: The loggers' x value of the last optimizer step that was seen (-1: none).
         steps: Optimizer steps seen.
         non_finite_steps: Steps with a NaN or Inf gradient.
-        clipped_steps: Steps whose gradients the callback scaled down.
-        skipped_steps: Steps that the callback skipped.
+        clipped_steps: Steps whose gradients the session's clipping changed.
+        skipped_steps: Steps that were skipped, since a gradient was NaN or Inf.
         trend: Pairs of step and largest total norm, pooled over the run.
         notes: What could not be measured, and why.
         aside: Why nothing, or not the whole run, was watched; empty where all is well.

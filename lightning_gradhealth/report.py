@@ -73,6 +73,9 @@ def _headline(report: HealthReport) -> str:
     text = f"{report.verdict} after {report.steps} optimizer steps"
     if report.non_finite_steps:
         text += f", {report.non_finite_steps} of them with NaN or Inf"
+        text += f" ({report.skipped_steps} skipped)" if report.skipped_steps else ""
+    if report.clipped_steps:
+        text += f", {report.clipped_steps} clipped ({100 * report.clipped_steps / report.steps:.2g} %)"
     return text
 
 

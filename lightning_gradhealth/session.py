@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradhealth.gradients.monitor import CAPACITY, Decision, GradientMonitor
-from lightning_gradhealth.gradients.norms import read_once
-from lightning_gradhealth.gradients.weights import WeightWatch
+from lightning_gradhealth.gradients import Clip, Decision, GradientMonitor, check_clip, read_once
+from lightning_gradhealth.gradients.monitor import CAPACITY
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import LayersSpec, UseRecorder, check_layers
-from lightning_gradhealth.records import Condition, Finding, HealthReport, StepRecord
+from lightning_gradhealth.records import Condition, Finding, HealthReport, Severity, StepRecord
+from lightning_gradhealth.response import OnNonFinite, Response, check_on_non_finite
 from lightning_gradhealth.rules import Rule, Thresholds, default_rules
 
 log = logging.getLogger("lightning_gradhealth")
@@ -27,9 +27,12 @@ DEFAULT_CADENCE = 50
 ALWAYS_PROBED = 2
 
 Ignore = Mapping[str, str] | Iterable[str] | str | None
+StopOn = Sequence[str] | str
 
 
 def check_arguments(
+    clip: Clip,
+    on_non_finite: OnNonFinite,
     probe_every_n_steps: int | None,
     layers: LayersSpec,
     rules: Sequence[Rule],
@@ -43,9 +46,11 @@ def check_arguments(
         TypeError: A value is of the wrong type.
 
     Example:
-        >>> check_arguments(None, "module", (), "loss_spike", Thresholds())
+        >>> check_arguments(None, "warn", None, "module", (), "loss_spike", Thresholds())
         {'loss_spike': '.*'}
     """
+    check_clip(clip)
+    check_on_non_finite(on_non_finite)
     if probe_every_n_steps is not None:
         if isinstance(probe_every_n_steps, bool) or not isinstance(probe_every_n_steps, int):
             raise TypeError(
@@ -81,12 +86,8 @@ def _check_ignore(ignore: Ignore, rules: Sequence[Rule]) -> dict[str, str]:
         )
     elif not isinstance(ignore, Mapping):
         ignore = dict.fromkeys(ignore, ".*")
-    known = {condition.value for condition in Condition} | {str(rule.condition) for rule in rules}
     for condition, pattern in ignore.items():
-        if str(condition) not in known:
-            raise ValueError(
-                f"ignore: {str(condition)!r} is no condition; the conditions are {', '.join(sorted(known))}"
-            )
+        _check_condition("ignore", condition, rules)
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
@@ -96,21 +97,53 @@ def _check_ignore(ignore: Ignore, rules: Sequence[Rule]) -> dict[str, str]:
     return {str(condition): pattern for condition, pattern in ignore.items()}
 
 
+def _check_condition(argument: str, condition: Any, rules: Sequence[Rule]) -> None:
+    known = {condition.value for condition in Condition} | {str(rule.condition) for rule in rules}
+    if not isinstance(condition, str) or str(condition) not in known:
+        raise ValueError(
+            f"{argument}: {str(condition)!r} is no condition; the conditions are {', '.join(sorted(known))}"
+        )
+
+
+def check_stop_on(stop_on: StopOn, rules: Sequence[Rule]) -> frozenset[str]:
+    """Return the conditions that end a fit.
+
+    Raises:
+        TypeError: `stop_on` is neither a condition nor a sequence of them.
+        ValueError: One of them is no condition.
+
+    Example:
+        >>> sorted(check_stop_on("exploding_gradients", ()))
+        ['exploding_gradients']
+    """
+    if not isinstance(stop_on, (str, Iterable)):
+        raise TypeError(f'stop_on must be a condition or several, got {stop_on!r}; e.g. stop_on="exploding_gradients"')
+    conditions = [stop_on] if isinstance(stop_on, str) else list(stop_on)
+    for condition in conditions:
+        _check_condition("stop_on", condition, rules)
+    return frozenset(map(str, conditions))
+
+
 class HealthSession:
     """Watches a training loop of any kind and says what is wrong; `GradHealth` is this, for Lightning.
 
     Each step: `observe` after backward and before `optimizer.step()`, then `apply`. Nothing is read from the
     device until `flush` (call it when you log) or `report`; a window of more than 1,024 steps is read in between.
-    Training is not changed.
+    Training is not changed, unless `clip` or `on_non_finite` says so.
 
     Args:
-        model: The model; DDP's wrapper is looked through.
+        model: The model; DDP's wrapper is looked through, FSDP's is needed.
+        clip: "adaptive" (clip while an explosion is detected), a clipper, or None.
+        on_non_finite: What to do about NaN and Inf in gradients: "warn"; "skip" the step, so that the optimizer does
+            not see it; "raise" an error before it; or skip it and set `should_stop` ("stop"). The last three name
+            the module where it began. Under a loss scaler, which skips such steps by itself, nothing is done.
         probe_every_n_steps: Weights and updates are measured at every n-th step of an optimizer, and at its
             first two; None: 50.
         layers: How parameters are grouped: "module", "parameter", a depth, or regexes.
         rules: Rules of your own, in addition to the default ones.
         ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
         thresholds: The numbers that verdicts depend on.
+        stop_on: Conditions that set `should_stop` when they are found with severity warning or above.
         announce: Called once with one line for every new or graver finding; None: the logger
             "lightning_gradhealth" warns, on rank zero.
 
@@ -132,25 +165,28 @@ class HealthSession:
         self,
         model: nn.Module,
         *,
+        clip: Clip = None,
+        on_non_finite: OnNonFinite = "warn",
         probe_every_n_steps: int | None = None,
         layers: LayersSpec = "module",
         rules: Sequence[Rule] = (),
         ignore: Ignore = None,
         thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
+        stop_on: StopOn = (),
         announce: Callable[[str], None] | None = None,
     ) -> None:
-        muted = check_arguments(probe_every_n_steps, layers, rules, ignore, thresholds)
+        muted = check_arguments(clip, on_non_finite, probe_every_n_steps, layers, rules, ignore, thresholds)
+        self.stop_on = check_stop_on(stop_on, rules)
         self.probe_every_n_steps = probe_every_n_steps or DEFAULT_CADENCE
-        self.monitor = GradientMonitor(model, layers)
+        self.monitor = GradientMonitor(model, clip, layers)
+        self.response = Response(model, on_non_finite, thresholds.skipped_in_a_row)
         self.judgement = Judgement([*default_rules(thresholds), *copy.deepcopy(list(rules))], muted)
         self._announce = announce or _warn_on_rank_zero
         self._recorder: UseRecorder | None = UseRecorder(model)
         self._order_complete = True
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
-        self._open: dict[int, WeightWatch] = {}
-        self._hooks: dict[int, Any] = {}
         self._losses: Tensor | float | None = None
         self._last = StepRecord(step=-1)
+        self.notes: list[str] = []
         self._latest = self.judgement  # or its copy that has seen a window that is not over yet
         self._told: set[tuple[str, str]] = set()
 
@@ -174,33 +210,19 @@ class HealthSession:
 
         Returns:
             What is to be done, for `apply`.
-
-        Raises:
-            RuntimeError: A parameter is only this rank's shard.
         """
         self._settle_order()
         if len(self.monitor.rows) >= CAPACITY:
             self.flush()
         count = self.monitor.steps_of(optimizer)
         probed = count < ALWAYS_PROBED or (count + 1) % self.probe_every_n_steps == 0
-        decision = self.monitor.observe(optimizer, step=step, grad_scaler=grad_scaler, exact=probed)
-        row = self.monitor.rows[-1]
-        number = row.optimizer
-        self._open.pop(number, None)
-        if probed and row.pattern.slots:
-            watch = WeightWatch([self.monitor.layout.slots[i] for i in row.pattern.slots], self._indices)
-            row.probe = watch.probe
-            self._open[number] = watch
-            if number not in self._hooks:
-                self._hooks[number] = optimizer.register_step_post_hook(self._after_step)
+        decision = self.monitor.observe(
+            optimizer, step=step, grad_scaler=grad_scaler, exact=probed, probe=probed
+        )
+        self.response.judge(decision)
         if loss is not None:
             self.add_loss(loss)
         return decision
-
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Close the probe of a step that the optimizer has just done."""
-        if watch := self._open.pop(self.monitor.index_of(optimizer), None):
-            watch.close()
 
     def _settle_order(self) -> None:
         """Take the order of first use, once the first batch has been through the forward pass."""
@@ -228,8 +250,20 @@ class HealthSession:
             self._losses = None
 
     def apply(self, decision: Decision) -> None:
-        """Carry out what `observe` decided, on the device."""
-        self.monitor.apply(decision)
+        """Carry out what `observe` decided: clip the gradients, or set them to None, which skips the step.
+
+        Raises:
+            NonFiniteGradientError: `on_non_finite` is "raise", or too many steps were skipped in a row.
+        """
+        if not self.response.carry_out(decision, sharded=self.monitor.sharded):
+            self.monitor.apply(decision)
+
+    @property
+    def should_stop(self) -> str:
+        """Why the training should end (`on_non_finite="stop"`, `stop_on`); empty while it should not."""
+        found = [f for f in self.judgement.findings.values() if f.condition in self.stop_on]
+        grave = (str(finding) for finding in found if finding.severity is not Severity.INFO)
+        return self.response.stop or next(grave, "")
 
     # --- at the logging cadence ---
 
@@ -245,6 +279,7 @@ class HealthSession:
             self._tell(self.judgement.add(record))
         self._last = records[-1] if records else self._last
         self._latest = self.judgement
+        self.response.review(records)
         return self._last
 
     def conclude(self) -> StepRecord:
@@ -292,7 +327,7 @@ class HealthSession:
         return judgement.report(self._notes(judgement))
 
     def _notes(self, judgement: Judgement) -> list[str]:
-        notes = []
+        notes = list(self.notes)
         if judgement.steps and not self._order_complete:
             notes.append("layers stand in registration order where compiled or scripted modules hide their use")
         elif judgement.steps and not self.monitor.layout.used:
@@ -307,10 +342,8 @@ class HealthSession:
         """Remove every hook; calling it twice does no harm, and the report stays."""
         if self._recorder is not None:
             self._recorder.close()
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
-        self._open.clear()
+        self.monitor.close()
+        self.response.close()
 
     # --- state ---
 
@@ -319,6 +352,7 @@ class HealthSession:
         return {
             "monitor": self.monitor.state_dict(),
             "judgement": self.judgement.state_dict(),
+            "response": self.response.state_dict(),
             "losses": self._losses,
         }
 
@@ -326,6 +360,7 @@ class HealthSession:
         """Take up what `state_dict` returned."""
         self.monitor.load_state_dict(state["monitor"])
         self.judgement.load_state_dict(state["judgement"])
+        self.response.load_state_dict(state["response"])
         self._losses = state["losses"]
         self._told = {(f.condition, f.severity) for f in self.judgement.findings.values()}
 

@@ -47,11 +47,15 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
     Example:
         >>> scalars(StepRecord(step=1, total_norm=2.0), 0)
         {'gradhealth/total_norm': 2.0, 'gradhealth/non_finite_steps': 0.0, 'gradhealth/findings': 0.0}
+
+    What clipping did comes with it where something clips: `applied_norm` (the norm that the optimizer was given),
+    `clip_coefficient`, `clipped_fraction` (share of the window's steps) and `armed` (the gate of adaptive clipping).
     """
     ratios = record.norm_ratios
     values: dict[str, float | None] = {
         "total_norm": record.total_norm,
         "total_norm_max": record.total_norm_max,
+        "applied_norm": record.applied_norm,
         "norm_ratio_min": min(ratios, default=None),
         "norm_ratio_max": max(ratios, default=None),
         "gain_per_layer": record.backward_gain,
@@ -59,11 +63,26 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
         "non_finite_steps": float(record.non_finite_steps),
         "findings": float(active_findings),
     }
+    values |= _clipping(record)
     last = {step.optimizer: step.total_norm for step in record.window}
     if len(last) > 1:
         # not under total_norm/: where a metric is a file, as in MLflow's file store, it cannot be a folder too
         values |= {f"optimizer{number}/total_norm": norm for number, norm in last.items()}
     return _finite({f"{PREFIX}/{name}": value for name, value in values.items()})
+
+
+def _clipping(record: StepRecord) -> dict[str, float | None]:
+    """What the session's clipping did in the window; nothing where there is none."""
+    if not any(step.clip_coefficient is not None or step.clipped for step in record.window):
+        return {}
+    would = [step.would_clip for step in record.window if step.would_clip is not None]
+    return {
+        "clip_coefficient": record.clip_coefficient,
+        "clipped_fraction": record.clipped_steps / len(record.window),
+        "armed": None if record.armed is None else float(record.armed),
+        "would_clip": min(would, default=None),
+        "skipped_steps": float(record.skipped_steps) if record.skipped_steps else None,
+    }
 
 
 def _finite(values: dict[str, float | None]) -> dict[str, float]:
@@ -127,6 +146,10 @@ def layout(layers: bool = True) -> dict[str, dict[str, list[Any]]]:
             "Active findings": chart("findings"),
             "Gain per layer, backwards (1: ideal)": chart("gain_per_layer"),
             "Largest gradient norm (log scale)": chart("total_norm_max"),
+            "Gradient norm before and after clipping (log scale)": chart("total_norm", "applied_norm"),
+            "Clipping: smallest factor, share of steps, gate open": chart(
+                "clip_coefficient", "clipped_fraction", "armed", "would_clip"
+            ),
             "Update / weight (log scale, 1e-3: usual)": chart("update_to_weight"),
             "Norm ratio, min and max layer (log scale)": chart("norm_ratio_min", "norm_ratio_max"),
             "Steps with NaN or Inf": chart("non_finite_steps"),

@@ -1,7 +1,38 @@
-"""Gradients to numbers: accurate norms on the device, weights and updates at probed steps, one read a flush."""
+"""Gradients to numbers: accurate norms on the device, clipping, weights and updates at probed steps, one read a flush."""
 
-from lightning_gradhealth.gradients.monitor import Decision, GradientMonitor
+from lightning_gradhealth.gradients.adaptive import LayerwiseClip, PercentileClip, WhenExploding, ZScoreClip
+from lightning_gradhealth.gradients.clipping import (
+    Chain,
+    Clipper,
+    Cut,
+    Gradients,
+    NormClip,
+    SignClip,
+    UnitwiseClip,
+    ValueClip,
+)
+from lightning_gradhealth.gradients.monitor import Clip, Decision, GradientMonitor, check_clip
 from lightning_gradhealth.gradients.norms import norms, read_once
 from lightning_gradhealth.gradients.weights import WeightProbe
 
-__all__ = ["Decision", "GradientMonitor", "WeightProbe", "norms", "read_once"]
+__all__ = [
+    "Chain",
+    "Clip",
+    "Clipper",
+    "Cut",
+    "Decision",
+    "GradientMonitor",
+    "Gradients",
+    "LayerwiseClip",
+    "NormClip",
+    "PercentileClip",
+    "SignClip",
+    "UnitwiseClip",
+    "ValueClip",
+    "WeightProbe",
+    "WhenExploding",
+    "ZScoreClip",
+    "check_clip",
+    "norms",
+    "read_once",
+]

@@ -33,6 +33,7 @@ def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> St
         table.add(row)
     layers = _layers(layout, table, missing)
     totals = {row.row.optimizer: total for row in rows if (total := row.total_norm) is not None}
+    applied = {row.row.optimizer: norm for row in rows if (norm := row.applied_norm) is not None}
     window = tuple(_step(row) for row in rows)
     finite = [s.total_norm for s in window if s.total_norm is not None and math.isfinite(s.total_norm)]
     chains: dict[int, list[float]] = {}
@@ -44,6 +45,8 @@ def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> St
         step=rows[-1].step,
         total_norm=math.hypot(*totals.values()) if totals else None,
         total_norm_max=max(finite, default=None),
+        applied_norm=math.hypot(*applied.values()) if applied else None,
+        clip_coefficient=min((s.clip_coefficient for s in window if s.clip_coefficient is not None), default=None),
         layers=layers,
         window=window,
         probed=any(row.row.probe is not None for row in rows),
@@ -56,6 +59,8 @@ def _distance_from_one(gain: float) -> float:
 
 
 def _step(row: HostRow) -> StepStats:
+    flags = [None] * 4 if row.cut is None else [None if math.isnan(flag) else float(flag) for flag in row.cut]
+    coefficient, clipped, armed, would = flags
     return StepStats(
         step=row.step,
         optimizer=row.row.optimizer,
@@ -64,6 +69,13 @@ def _step(row: HostRow) -> StepStats:
         non_finite=not row.overflow and not bool(np.isfinite(row.norms).all()),
         overflow=row.overflow,
         learning_rate=max((rate for rate in row.row.rates if rate is not None), default=None),
+        skipped=row.skipped,
+        origin=row.row.origin,
+        clip_coefficient=coefficient,
+        clipped=bool(clipped),
+        armed=None if armed is None else bool(armed),
+        would_clip=would,
+        applied_norm=row.applied_norm,
     )
 
 
@@ -73,12 +85,13 @@ class _Table:
     def __init__(self, layout: Layout) -> None:
         slots, layers = len(layout.slots), len(layout.names)
         self.layer_of = np.array([slot.layer for slot in layout.slots], dtype=np.intp)
-        self.numel = np.array([slot.parameter.numel() for slot in layout.slots], dtype=np.float64)
+        self.numel = np.array(layout.sizes, dtype=np.float64)
         self.value: Floats = np.zeros(slots)  # norm of the latest gradient
         self.present = np.zeros(slots, dtype=bool)  # it had one at its optimizer's last step
         self.owner = np.full(slots, -1)
         self.rate: Floats = np.full(slots, np.nan)
         self.squares: Floats = np.zeros((4, slots))  # of weights, samples, updates and gradients, at probes
+        self.applied: Floats = np.full(slots, np.nan)  # norm of what the optimizer was given, at probes
         self.peak: Floats = np.zeros(layers)
         self.seen = np.zeros(layers, dtype=bool)
         self.bad = np.zeros(layers, dtype=np.intp)
@@ -110,6 +123,8 @@ class _Table:
         norms = self.norms()
         self.peak = np.fmax(self.peak, np.where(np.isfinite(norms), norms, 0.0))
         self.bad += np.bincount(hit, ~np.isfinite(row.norms), len(self.peak)) > 0
+        if row.applied is not None and not row.skipped:
+            self.applied[slots] = row.applied
         probe = row.row.probe
         if probe is not None and row.weights is not None and row.sampled is not None:
             updates = np.full(len(slots), np.nan) if row.updates is None else row.updates
@@ -144,6 +159,7 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         rms = norms / np.sqrt(numel)
         bias_rms = np.sqrt(table.by_layer(np.where(signal, table.value, 0.0) ** 2) / bias_numel)
+        applied = np.sqrt(table.by_layer(np.where(table.present, table.applied, 0.0) ** 2))
         weights, samples, updates, gradients = (np.sqrt(table.by_layer(row)) for row in table.squares)
     root = _components(table)
     owners = {layer: root[int(table.owner[s])] for s, layer in enumerate(table.layer_of) if table.owner[s] >= 0}
@@ -163,6 +179,7 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
             numel=int(numel[layer]),
             grad_norm=float(norms[layer]) if present[layer] else None,
             grad_norm_max=float(table.peak[layer]) if table.seen[layer] else None,
+            applied_norm=float(applied[layer]) if present[layer] and not math.isnan(applied[layer]) else None,
             norm_ratio=ratios.get(layer),
             non_finite=int(table.bad[layer]),
             bias_grad_rms=float(bias_rms[layer]) if bias_numel[layer] else None,

@@ -1,7 +1,9 @@
-"""GradientMonitor: one device vector a step, kept on the device until it is asked for."""
+"""GradientMonitor: one device vector a step, kept on the device until it is asked for; and the clipping."""
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +14,36 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_gradhealth.gradients.adaptive import WhenExploding
+from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients, check_clipper
 from lightning_gradhealth.gradients.grouping import make_record
 from lightning_gradhealth.gradients.norms import norms, read_once
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
+from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
 from lightning_gradhealth.layers import LayersSpec, Layout
 from lightning_gradhealth.records import StepRecord
-from lightning_gradhealth.sharding import is_sharded
+from lightning_gradhealth.sharding import Sharding, local, reduced, sum_over_ranks
 
 CAPACITY = 1_024
+
+Clip = str | Clipper | None
+
+
+def check_clip(clip: Clip) -> Clipper | None:
+    """Return the clipper that `clip` stands for.
+
+    Raises:
+        TypeError: It is neither None, "adaptive" nor a Clipper.
+
+    Example:
+        >>> check_clip("adaptive"), check_clip(None)
+        (WhenExploding(...), None)
+    """
+    if clip == "adaptive":
+        return WhenExploding()
+    if isinstance(clip, str) or not isinstance(clip, (Clipper, type(None))):
+        raise TypeError(f'clip must be "adaptive", a Clipper or None, got {clip!r}; e.g. clip=NormClip(1.0)')
+    return None if clip is None else check_clipper("clip", clip)
 
 
 @dataclass
@@ -28,8 +52,10 @@ class Decision:
 
     Attributes:
         optimizer: The optimizer that is about to step.
-        norms: L2 norms of its gradients, one a parameter that has one, shape (n,), float64.
-        coefficient: The factor that `apply` scales the gradients by, shape (); None: leave them alone.
+        gradients: Its gradients and their norms over all ranks.
+        row: What was measured, for the next flush.
+        cut: What the clipper decided; None where nothing clips.
+        skip: Whether the step is to be skipped, shape (); None where nothing skips.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -40,31 +66,50 @@ class Decision:
     """
 
     optimizer: Optimizer
-    norms: Tensor
-    coefficient: Tensor | None = None
+    gradients: Gradients
+    row: Row
+    cut: Cut | None = None
+    skip: Tensor | None = None
+
+    @property
+    def norms(self) -> Tensor:
+        """L2 norms of the gradients before any clipping, one a parameter that has one, shape (n,), float64."""
+        return self.gradients.norms
 
     @property
     def total_norm(self) -> Tensor:
         """L2 norm of all gradients together, shape (), float64, on the device."""
-        norm: Tensor = torch.linalg.vector_norm(self.norms)
-        return norm
+        return self.gradients.total
+
+    @property
+    def coefficient(self) -> Tensor | None:
+        """Total norm after clipping over that before, shape (); None where nothing clips or it is not one factor."""
+        return None if self.cut is None else self.cut.coefficient
 
     @property
     def action(self) -> str:
-        """Either "ok" or "clip"; reading it waits for the device."""
-        return "clip" if self.coefficient is not None and bool(self.coefficient < 1) else "ok"
+        """One of "ok", "clip" and "skip"; reading it waits for the device."""
+        if self.skip is not None and bool(self.skip):
+            return "skip"
+        return "clip" if self.cut is not None and bool(self.cut.clipped) else "ok"
 
 
 class GradientMonitor:
-    """Tracks the gradient norm of every layer, one device vector a step, read once at `flush`.
+    """Tracks the gradient norm of every layer, one device vector a step, read once at `flush`; and clips, if asked.
 
-    Observe after backward and before `optimizer.step()`. Gradients are measured, never changed. Several
-    optimizers are told apart; of each only its own parameters are looked at.
+    Observe after backward and before `optimizer.step()`, then apply. Several optimizers are told apart; of each
+    only its own parameters are looked at, and each has a clipper with statistics of its own. Where parameters are
+    sharded (DTensor, FSDP1), all ranks observe together: one collective a step.
 
     Args:
-        model: The model whose parameters are watched; parameters it gains later are found.
+        model: The model whose parameters are watched; parameters it gains later are found. Under FSDP1 the one
+            that the wrapper returned.
+        clip: "adaptive" (`WhenExploding()`), a clipper, or None: gradients are measured, never changed.
         layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
             "parameter", a depth, or regexes on parameter names (the first group names the layer).
+
+    Raises:
+        TypeError: `clip` or `layers` is none of these.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -77,14 +122,22 @@ class GradientMonitor:
         (0, ['0', '2'])
     """
 
-    def __init__(self, model: nn.Module, layers: LayersSpec = "module") -> None:
+    def __init__(self, model: nn.Module, clip: Clip = None, layers: LayersSpec = "module") -> None:
+        self.clip = check_clip(clip)
         self.layout = Layout(model, layers)
         self.rows: deque[Row] = deque(maxlen=CAPACITY)
+        self._model = model
         self._optimizers: list[Optimizer] = []
         self._observed: list[int] = []
         self._had_grad: set[int] = set()
         self._without_grad: dict[int, tuple[int, int]] = {}  # slot -> x value since when, steps for which
         self._patterns: dict[int, Pattern] = {}
+        self._shardings: dict[int, Sharding | None] = {}
+        self._clippers: dict[int, Clipper] = {}
+        self._positions: dict[Pattern, Tensor] = {}
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._open: dict[int, tuple[Row, WeightWatch, bool]] = {}
+        self._hooks: dict[int, Any] = {}
 
     # --- every step ---
 
@@ -101,6 +154,17 @@ class GradientMonitor:
         """Steps observed of this optimizer so far."""
         return self._observed[self.index_of(optimizer)]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank holds only a part of any optimizer's parameters."""
+        return any(sharding is not None for sharding in self._shardings.values())
+
+    def clipper_of(self, number: int) -> Clipper | None:
+        """The clipper of an optimizer, by its number: a copy of `clip` with a state of its own."""
+        if self.clip is not None and number not in self._clippers:
+            self._clippers[number] = copy.deepcopy(self.clip)
+        return self._clippers.get(number)
+
     @torch.no_grad()
     def observe(
         self,
@@ -109,38 +173,51 @@ class GradientMonitor:
         step: int | None = None,
         grad_scaler: GradScaler | None = None,
         exact: bool = True,
+        probe: bool = False,
     ) -> Decision:
         """Measure the gradients of `optimizer`'s parameters, without reading anything on the host.
 
         Args:
             optimizer: The optimizer that is about to step.
             step: The loggers' x value; None counts from 0 the steps of the optimizer that stepped most.
-            grad_scaler: The scaler of the loss; gradients it has not unscaled yet are measured as if it had.
+            grad_scaler: The scaler of the loss; gradients it has not unscaled yet are measured as if it had, or,
+                where they are to be clipped, unscaled by it now.
             exact: False allows large tensors on a CPU to be summed in float32 blocks.
-
-        Raises:
-            RuntimeError: A parameter is only this rank's shard.
+            probe: Measure weights, updates and what clipping leaves too, over the step that follows.
         """
         number = self.index_of(optimizer)
         self._observed[number] += 1
         if step is None:
             step = max(self._observed) - 1
-        pattern, gradients = self._scan(optimizer, number, step)
-        vector = norms(gradients, exact=exact)
         scaled = grad_scaler is not None and grad_scaler.is_enabled()
-        if grad_scaler is not None and scaled and gradients:
-            vector = _unscaled(vector, optimizer, grad_scaler)
+        pattern, tensors = self._scan(optimizer, number, step)
+        pending = grad_scaler is not None and scaled and bool(tensors) and _still_scaled(optimizer, grad_scaler)
+        if grad_scaler is not None and pending and self.clip is not None:
+            grad_scaler.unscale_(optimizer)
+            pending = False
+        vector = self._measure(number, pattern, tensors, exact=exact)
+        if grad_scaler is not None and pending:
+            vector = _unscaled(vector, grad_scaler)
         rates = tuple(_rate(group) for group in optimizer.param_groups)
-        self.rows.append(Row(step, number, pattern, rates, vector, scaled))
-        return Decision(optimizer, vector)
+        row = Row(step, number, pattern, rates, vector, scaled)
+        decision = Decision(optimizer, self._gradients(number, pattern, tensors, vector), row)
+        clipper = self.clipper_of(number)
+        if clipper is not None and tensors:
+            decision.cut = clipper.decide(decision.gradients)
+            row.cut = _flags(decision.cut, vector)
+        self.rows.append(row)
+        self._open.pop(number, None)
+        if probe and pattern.slots:
+            self._watch(optimizer, row, still_scaled=pending)
+        return decision
 
-    def _scan(self, optimizer: Optimizer, number: int, step: int) -> tuple[Pattern, list[Tensor]]:
+    def _scan(self, optimizer: Optimizer, number: int, step: int) -> tuple[Pattern, list[Tensor | None]]:
         """What an optimizer steps and which of it has a gradient, and the gradients."""
         owned: list[int] = []
         groups: list[int] = []
         slots: list[int] = []
-        gradients: list[Tensor] = []
-        slot_of = self.layout.slot_of
+        gradients: list[Tensor | None] = []
+        slot_of, flat = self.layout.slot_of, self.layout.flat
         for group_number, group in enumerate(optimizer.param_groups):
             parameters = group["params"]
             groups += [group_number] * len(parameters)
@@ -150,7 +227,7 @@ class GradientMonitor:
                     slot = self._find_slot(parameter, f"optimizer{number}.{len(owned)}")
                 owned.append(slot)
                 gradient = parameter.grad
-                if gradient is not None:
+                if gradient is not None or slot in flat:  # of a flat shard this rank may hold nothing at all
                     slots.append(slot)
                     gradients.append(gradient)
                 elif parameter.requires_grad and slot not in self._had_grad:
@@ -158,19 +235,16 @@ class GradientMonitor:
                     self._without_grad[slot] = since, count + 1
         pattern = Pattern(tuple(owned), tuple(groups), tuple(slots))
         known = self._patterns.get(number)
-        if known == pattern:
-            return known, gradients
-        for watched in (self.layout.slots[slot] for slot in owned):
-            if is_sharded(watched.parameter):
-                raise RuntimeError(
-                    f"{watched.name!r} is a shard of the whole; gradient norms under FSDP and tensor"
-                    " parallelism are not supported yet: use DDP or a single device"
-                )
-        self._patterns[number] = pattern
-        self._had_grad.update(slots)
-        for slot in slots:
-            self._without_grad.pop(slot, None)
-        return pattern, gradients
+        if known != pattern:
+            if known is None or known.owned != pattern.owned:
+                self._shard(optimizer, number, pattern)
+            self._patterns[number] = known = pattern
+            self._had_grad.update(slots)
+            for slot in slots:
+                self._without_grad.pop(slot, None)
+        if self.clip is not None:
+            gradients = [self._clippable(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True)]
+        return known, gradients
 
     def _find_slot(self, parameter: nn.Parameter, fallback: str) -> int:
         """The slot of a parameter that the model has gained, or that only the optimizer knows."""
@@ -178,19 +252,120 @@ class GradientMonitor:
         slot = self.layout.slot_of.get(id(parameter))
         return self.layout.adopt(parameter, fallback) if slot is None else slot
 
+    def _clippable(self, slot: int, gradient: Tensor | None) -> Tensor | None:
+        """A gradient that can be clipped in place: summed up, where it is summands or repeated rows."""
+        if gradient is None:
+            return None
+        whole = reduced(gradient)
+        if whole.layout is torch.sparse_coo and not whole.is_coalesced():
+            whole = whole.coalesce()
+        if whole is not gradient:
+            self.layout.slots[slot].parameter.grad = whole
+        return whole
+
+    # --- over ranks ---
+
+    def _shard(self, optimizer: Optimizer, number: int, pattern: Pattern) -> None:
+        """Learn how an optimizer's parameters are split."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        sharding = Sharding.of(self._model, parameters)
+        self._shardings[number] = sharding
+        if sharding is not None:
+            self.layout.set_sizes(pattern.owned, sharding.numel)
+
+    def _measure(self, number: int, pattern: Pattern, tensors: Sequence[Tensor | None], *, exact: bool) -> Tensor:
+        """Norms of the whole of gradients of which this rank may hold a part: one collective if it does."""
+        parts = norms([local(tensor) for tensor in tensors if tensor is not None], exact=exact)
+        sharding = self._shardings[number]
+        if sharding is None:
+            return parts
+        by_slot = dict(zip(pattern.slots, tensors, strict=True))
+        whole, _ = sharding.reduce_gradients(parts, [by_slot.get(slot) for slot in pattern.owned])
+        places = self._places(pattern, whole.device)
+        return whole if places is None else whole.index_select(0, places)
+
+    def _places(self, pattern: Pattern, device: torch.device) -> Tensor | None:
+        """Places of the gradients among all owned parameters; None where all have one."""
+        if len(pattern.slots) == len(pattern.owned):
+            return None
+        if pattern not in self._positions:
+            self._positions[pattern] = torch.tensor([pattern.owned.index(s) for s in pattern.slots]).to(device)
+        return self._positions[pattern]
+
+    def _gradients(self, number: int, pattern: Pattern, tensors: Sequence[Tensor | None], vector: Tensor) -> Gradients:
+        slots = [self.layout.slots[slot] for slot in pattern.slots]
+        if self._shardings[number] is None:
+            return Gradients(slots, tensors, vector)
+
+        def measure(copies: Sequence[Tensor | None]) -> Tensor:
+            return self._measure(number, pattern, copies, exact=False)
+
+        def anywhere(flag: Tensor) -> Tensor:
+            return sum_over_ranks(flag.to(vector.dtype)) > 0
+
+        return Gradients(slots, tensors, vector, measure, anywhere)
+
+    # --- probes ---
+
+    def _watch(self, optimizer: Optimizer, row: Row, *, still_scaled: bool) -> None:
+        """Look at the weights now, and at what the step did to them when it is done."""
+        number = row.optimizer
+        watch = WeightWatch([self.layout.slots[slot] for slot in row.pattern.slots], self._indices)
+        if self._shardings[number] is None:
+            row.probe = watch.probe
+        self._open[number] = row, watch, still_scaled
+        if number not in self._hooks:
+            self._hooks[number] = optimizer.register_step_post_hook(self._after_step)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Close the probe of a step that the optimizer has just done; one more collective if it is sharded."""
+        number = self.index_of(optimizer)
+        if number not in self._open:
+            return
+        row, watch, still_scaled = self._open.pop(number)
+        watch.close()
+        parameters = [self.layout.slots[slot].parameter for slot in row.pattern.slots]
+        there = all(p.grad is not None or s in self.layout.flat for p, s in zip(parameters, row.pattern.slots, strict=True))
+        applied = None
+        if there and not still_scaled:
+            zero = torch.zeros(0)
+            applied = norms([zero if p.grad is None else local(p.grad) for p in parameters], exact=False)
+        if self._shardings[number] is None:
+            row.applied = applied
+            return
+        parts = [*watch.probe.parts(), *([] if applied is None else [applied])]
+        whole = self._reduce(row, parts)
+        row.probe = WeightProbe((1.0,) * len(parameters), *whole[:3])
+        row.applied = None if applied is None else whole[3]
+
+    def _reduce(self, row: Row, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Norms of the whole from norms of this rank's parts of the parameters that have a gradient."""
+        sharding = self._shardings[row.optimizer]
+        if sharding is None:
+            return list(parts)
+        places = self._places(row.pattern, row.norms.device)
+        if places is None:
+            return list(sharding.reduce(*parts))
+        blank = torch.zeros(len(row.pattern.owned), dtype=row.norms.dtype, device=row.norms.device)
+        whole = sharding.reduce(*(blank.index_copy(0, places, part.to(blank.device)) for part in parts))
+        return [vector.index_select(0, places) for vector in whole]
+
+    # --- what was decided ---
+
     @torch.no_grad()
     def apply(self, decision: Decision) -> None:
-        """Carry out a decision: scale the gradients on the device, or leave them alone.
+        """Carry out what the clipper decided: change the gradients in place, on the device, or leave them alone."""
+        clipper = self.clipper_of(decision.row.optimizer)
+        if decision.cut is not None and clipper is not None:
+            clipper.apply(decision.gradients, decision.cut)
 
-        Args:
-            decision: What `observe` returned, possibly with a coefficient of your own.
-        """
-        if decision.coefficient is None:
-            return
-        for group in decision.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(decision.coefficient.to(parameter.grad.device))
+    def close(self) -> None:
+        """Remove the hooks from the optimizers; calling it twice does no harm."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._open.clear()
 
     # --- at the logging cadence ---
 
@@ -230,13 +405,14 @@ class GradientMonitor:
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as primitives and tensors, slots by name."""
+        """Return the state as primitives and tensors, slots by name, clippers by the number of the optimizer."""
         names = [slot.name for slot in self.layout.slots]
         return {
             "observed": list(self._observed),
             "had_grad": sorted(names[slot] for slot in self._had_grad),
             "without_grad": {names[slot]: list(entry) for slot, entry in self._without_grad.items()},
             "used": self.layout.used,
+            "clippers": {number: clipper.state_dict() for number, clipper in self._clippers.items()},
             **rows_to_state(self.rows, names),
         }
 
@@ -250,7 +426,17 @@ class GradientMonitor:
             slot_of[name]: (since, count) for name, (since, count) in state["without_grad"].items() if name in slot_of
         }
         self.layout.record_use(state["used"])
+        for number, saved in state["clippers"].items():
+            if (clipper := self.clipper_of(number)) is not None:
+                clipper.load_state_dict(saved)
         self.rows = deque(rows_from_state(state, slot_of), maxlen=CAPACITY)
+
+
+def _flags(cut: Cut, vector: Tensor) -> Tensor:
+    """What a flush needs of a cut, shape (4,): coefficient, clipped, armed, would; NaN for what there is not."""
+    none = torch.full((), math.nan, dtype=vector.dtype, device=vector.device)
+    flags = (cut.coefficient, cut.clipped, cut.armed, cut.would)
+    return torch.stack([none if flag is None else flag.to(vector.dtype) for flag in flags])
 
 
 def _rate(group: dict[str, Any]) -> float | None:
@@ -259,9 +445,13 @@ def _rate(group: dict[str, Any]) -> float | None:
     return float(rate) if isinstance(rate, (int, float)) else None
 
 
-def _unscaled(vector: Tensor, optimizer: Optimizer, scaler: GradScaler) -> Tensor:
-    """Divide by the loss scale, on the device, unless the scaler has unscaled this optimizer's gradients."""
+def _still_scaled(optimizer: Optimizer, scaler: GradScaler) -> bool:
+    """Whether the scaler has not unscaled this optimizer's gradients yet."""
     stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
-    if stage.name != "READY" or scaler._scale is None:
-        return vector
+    return bool(stage.name == "READY" and scaler._scale is not None)
+
+
+def _unscaled(vector: Tensor, scaler: GradScaler) -> Tensor:
+    """Divide by the loss scale, on the device."""
+    assert scaler._scale is not None
     return vector / scaler._scale.to(vector.device, vector.dtype)

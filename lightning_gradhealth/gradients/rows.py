@@ -47,10 +47,15 @@ class Row:
         optimizer: Its number.
         pattern: Its parameters.
         rates: Learning rate of each parameter group (None where it lives on the device).
-        norms: Gradient norms, one for each of the pattern's slots.
+        norms: Gradient norms, one for each of the pattern's slots, before any clipping.
         scaled: A loss scaler is at work: it skips steps whose gradients overflow.
         loss: The training loss of the step.
+        cut: What a clipper decided, shape (4,): coefficient (NaN: not one factor), clipped, armed (NaN: no gate),
+            coefficient of a dry run (NaN: none).
+        skip: Whether the step was skipped, shape () or a bool; None where nothing skips.
+        applied: The norms that the optimizer was given, after all clipping, at probed steps.
         probe: Weights and updates, at probed steps.
+        origin: Where a NaN or Inf came from, in words, where that was looked into.
     """
 
     step: int
@@ -60,21 +65,30 @@ class Row:
     norms: Tensor
     scaled: bool
     loss: Tensor | float | None = None
+    cut: Tensor | None = None
+    skip: Tensor | bool | None = None
+    applied: Tensor | None = None
     probe: WeightProbe | None = None
+    origin: str = ""
 
     def vectors(self) -> list[Tensor]:
         """The device vectors to read, in the order in which `on_host` takes them back."""
-        vectors = [self.norms]
-        if isinstance(self.loss, Tensor):
-            vectors.append(self.loss)
+        vectors = [v for v in (self.norms, self.loss, self.cut, self.skip, self.applied) if isinstance(v, Tensor)]
         return vectors + (self.probe.vectors() if self.probe else [])
 
     def on_host(self, values: Iterator[Sequence[float]]) -> HostRow:
         """Take this row's vectors from what was read."""
+
+        def read(vector: Any) -> Floats | None:
+            return np.asarray(next(values), dtype=np.float64) if isinstance(vector, Tensor) else None
+
+        def number(value: Tensor | float | None) -> float | None:
+            return next(values)[0] if isinstance(value, Tensor) else value
+
         norms = np.asarray(next(values), dtype=np.float64)
-        loss = next(values)[0] if isinstance(self.loss, Tensor) else self.loss
+        loss, cut, skip, applied = number(self.loss), read(self.cut), number(self.skip), read(self.applied)
         probe = [np.asarray(next(values)) for _ in self.probe.vectors()] if self.probe else []
-        return HostRow(self, norms, loss, *probe)
+        return HostRow(self, norms, loss, cut, bool(skip), applied, *probe)
 
 
 @dataclass
@@ -84,6 +98,9 @@ class HostRow:
     row: Row
     norms: Floats
     loss: float | None
+    cut: Floats | None = None
+    skipped: bool = False
+    applied: Floats | None = None
     weights: Floats | None = None
     sampled: Floats | None = None
     updates: Floats | None = None
@@ -103,6 +120,13 @@ class HostRow:
     def total_norm(self) -> float | None:
         """L2 norm of all gradients; None where there is none, or the scaler skips the step."""
         return None if self.overflow or not len(self.norms) else float(np.sqrt(np.sum(self.norms**2)))
+
+    @functools.cached_property
+    def applied_norm(self) -> float | None:
+        """L2 norm of all that the optimizer was given; None where it was not measured, or the step was skipped."""
+        if self.applied is None or self.overflow or self.skipped or not len(self.applied):
+            return None
+        return float(np.sqrt(np.sum(self.applied**2)))
 
 
 def rows_to_state(rows: Iterable[Row], names: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_gradhealth.gradients.norms import dense, norms
 from lightning_gradhealth.layers import Slot
+from lightning_gradhealth.sharding import local
 
 SAMPLE = 1_024
 
@@ -51,20 +52,26 @@ def _row_norms(matrix: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Takes the same elements of one parameter before and after a step.
+    """Takes the same elements of one parameter (of this rank's part of it) before and after a step.
 
     Args:
         slot: The parameter; its gradient is looked at now, if it is an embedding.
         indices: Cache of `sample_indices` by parameter size and device.
+
+    Attributes:
+        scale: Its elements over those of the sample (1 for embeddings).
     """
 
     def __init__(self, slot: Slot, indices: dict[tuple[int, torch.device], Tensor]) -> None:
-        self._parameter = parameter = slot.parameter
+        self._parameter = slot.parameter.detach()
         self._rows: tuple[Tensor, Tensor] | None = None
         self._indices: Tensor | None = None
-        if slot.is_embedding and parameter.grad is not None:
-            self._rows = _top_rows(parameter.grad, max(1, SAMPLE // parameter.shape[1]))
+        self.scale = 1.0
+        parameter, gradient = local(self._parameter), slot.parameter.grad
+        if slot.is_embedding and gradient is not None:
+            self._rows = _top_rows(local(gradient), max(1, SAMPLE // parameter.shape[1]))
         elif parameter.numel() > SAMPLE:
+            self.scale = parameter.numel() / SAMPLE
             key = (parameter.numel(), parameter.device)
             if key not in indices:
                 indices[key] = sample_indices(parameter.numel()).to(parameter.device)
@@ -72,7 +79,7 @@ class Sampler:
 
     def take(self) -> Tensor:
         """The sampled elements in float64 (float32 on MPS), flat and real."""
-        parameter = self._parameter.detach()
+        parameter = local(self._parameter)
         if self._rows is not None:
             rows, touched = self._rows
             picked = parameter.index_select(0, rows) * touched.to(parameter.dtype).unsqueeze(1)
@@ -88,7 +95,8 @@ class WeightProbe:
     """What one probed step of one optimizer measured, still on the device.
 
     Attributes:
-        scale: For each parameter with a gradient, its elements over those of its sample (1 for embeddings).
+        scale: For each parameter with a gradient, its elements over those of its sample (1 for embeddings, and
+            where the sums over ranks stand for the whole already).
         weights: Norms of the whole parameters before the step, shape (len(scale),).
         sampled: Norms of their samples before the step, same shape.
         updates: Norms of what the step added to the samples; None until it is done.
@@ -102,6 +110,12 @@ class WeightProbe:
     def vectors(self) -> list[Tensor]:
         """The device vectors to read."""
         return [self.weights, self.sampled, *([] if self.updates is None else [self.updates])]
+
+    def parts(self) -> list[Tensor]:
+        """The same with samples that stand for all that this rank holds, so that ranks can be added up."""
+        roots = torch.tensor(self.scale, dtype=torch.float64).sqrt().to(self.weights.device)
+        whole, *samples = self.vectors()
+        return [whole, *(sample * roots for sample in samples)]
 
 
 class WeightWatch:
@@ -129,8 +143,8 @@ class WeightWatch:
         self._samplers = [Sampler(slot, indices) for slot in parameters]
         self._before = [sampler.take() for sampler in self._samplers]
         self.probe = WeightProbe(
-            scale=tuple(1.0 if slot.is_embedding else max(1.0, slot.parameter.numel() / SAMPLE) for slot in parameters),
-            weights=norms([slot.parameter for slot in parameters], exact=False),
+            scale=tuple(sampler.scale for sampler in self._samplers),
+            weights=norms([local(slot.parameter.detach()) for slot in parameters], exact=False),
             sampled=norms(self._before),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict
+from lightning_gradhealth.rules.clipping import AdaptiveClipping
 from lightning_gradhealth.rules.gradients import (
     DepthRule,
     ExplodingInTime,
@@ -28,7 +29,7 @@ def default_rules(thresholds: Thresholds) -> list[Rule]:
 
     Example:
         >>> len({rule.condition for rule in default_rules(Thresholds())})
-        10
+        11
     """
     return [
         OversizedUpdates(thresholds),
@@ -41,6 +42,7 @@ def default_rules(thresholds: Thresholds) -> list[Rule]:
         CollapsingWeights(thresholds),
         StalledLayers(thresholds),
         NonFinite(thresholds),
+        AdaptiveClipping(thresholds),
         LossSpike(thresholds),
         StalledLoss(thresholds),
     ]

@@ -44,7 +44,10 @@ class Thresholds:
         stalled_probes: Probes in a row for that.
         overflow_steps: Steps in a row that a loss scaler skips before it is no longer its everyday business;
             halving the scale 20 times brings any usual one below 1.
+        skipped_in_a_row: Steps in a row that `on_non_finite` skips before it ends the run: it would not come back.
         no_gradient_steps: Steps without any gradient before a parameter is reported.
+        clipped_records: Records in a row, at least half of whose steps adaptive clipping had to clip, after which
+            the run lives on it.
         spike_sigmas: Robust standard deviations above the median loss. Measured: healthy <= 6.7.
         spike_log_sigmas: The same on a logarithmic scale, on which the losses of single batches spread near
             convergence; hard batches of nets that have converged stay below it.
@@ -82,7 +85,9 @@ class Thresholds:
     moving_update: float = 1e-4
     stalled_probes: int = 3
     overflow_steps: int = 20
+    skipped_in_a_row: int = 25
     no_gradient_steps: int = 20
+    clipped_records: int = 3
     spike_sigmas: float = 10.0
     spike_log_sigmas: float = 5.0
     spike_recurs: int = 3
@@ -159,6 +164,7 @@ class Rule:
     patience: int = 1
     per_layer: bool = False
     needs_support: bool = False  # on its own it is worth an info; a warning only beside another finding
+    running: bool = False  # of its findings the latest account counts, not the first
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         self.thresholds = thresholds or Thresholds()

@@ -238,20 +238,32 @@ class NonFinite(Rule):
         hit = [layer.name for layer in watched if layer.non_finite and layer.non_finite >= steps]
         everywhere = len(hit) in (0, len(watched))
         what, where = "the loss is", ""
+        origin = next((step.origin for step in bad if step.origin), "")
         if first.non_finite:
             what = "gradients are"
-            where = " in every layer, origin unknown" if everywhere else f" in {len(hit)} of {len(watched)} layers"
+            where = " in every layer" if everywhere else f" in {len(hit)} of {len(watched)} layers"
+            where += f"; {origin}" if origin else (", origin unknown" if everywhere else "")
         elif first.overflow:
             what = f"the loss scaler has skipped {self.thresholds.overflow_steps} steps in a row: gradients are"
+        skipped = sum(step.skipped for step in bad)
+        saved = skipped == len(bad)  # no weight was touched
+        if skipped:
+            where += f"; {skipped} of {len(bad)} such steps skipped"
         return Verdict(
-            severity=Severity.CRITICAL,
+            severity=Severity.WARNING if saved else Severity.CRITICAL,
             summary=f"{what} NaN or Inf{where}",
             remedy=(
                 "a smaller learning rate or a warm-up, Trainer(gradient_clip_val=1.0); look for log(0), division by 0"
                 " and bad values in the batch of that step: Trainer(detect_anomaly=True) names the operation"
             ),
             layers=() if everywhere else tuple(hit),
-            evidence={"steps": len(bad), "layers_hit": len(hit), "loss": first.loss},
+            evidence={
+                "steps": len(bad),
+                "skipped": skipped,
+                "layers_hit": len(hit),
+                "loss": first.loss,
+                "origin": origin,
+            },
             first_step=self.memory["skipped"][0] if first.overflow else first.step,
         )
 

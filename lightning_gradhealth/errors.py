@@ -1,0 +1,16 @@
+"""The errors that are raised on purpose; anything else that fails in the callback makes it step aside."""
+
+from __future__ import annotations
+
+
+class GradHealthError(RuntimeError):
+    """What was asked for cannot be done, or was asked to end the training: the callback lets it through.
+
+    Example:
+        >>> issubclass(NonFiniteGradientError, GradHealthError)
+        True
+    """
+
+
+class NonFiniteGradientError(GradHealthError):
+    """A gradient is NaN or Inf, and `on_non_finite` says that this ends the run."""

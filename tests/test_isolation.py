@@ -1,0 +1,304 @@
+"""Whatever runs inside `undisturbed`, nothing is left of it: compared bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from conftest import Classifier, batches, mlp, trainer
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.aggregation import CatMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from lightning_gradhealth.isolation import RandomState, undisturbed
+
+
+def draws() -> list[float]:
+    return [torch.rand(()).item(), random.random(), float(np.random.rand()), torch.randn(3).sum().item()]  # noqa: NPY002
+
+
+def test_random_state_comes_back() -> None:
+    state = RandomState.now()
+    first = draws()
+    assert draws() != first
+    for _ in range(2):  # as often as is wanted
+        state.restore()
+        assert draws() == first
+
+
+def test_random_state_takes_devices_and_skips_the_cpu() -> None:
+    state = RandomState.now(devices=["cpu"])
+    assert state.accelerators == ()
+    first = draws()
+    state.restore()
+    assert draws() == first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_random_state_of_cuda() -> None:
+    torch.rand(1, device="cuda")
+    state = RandomState.now()
+    first = torch.rand(4, device="cuda")
+    state.restore()
+    assert torch.equal(torch.rand(4, device="cuda"), first)
+
+
+class Rich(pl.LightningModule):
+    """Has everything that a rerun might disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 3))
+        self.mean = MeanMetric()
+        self.all = CatMetric()
+        self.accuracy = MulticlassAccuracy(3, average="micro")
+        self.several = MetricCollection([MulticlassAccuracy(3), MulticlassF1Score(3)])
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("removed", torch.ones(2))
+        self.register_buffer("last", None)
+        self.count = 0
+        self.losses: list[Tensor] = []
+        self.notes: dict[str, Any] = {"deep": [torch.zeros(2)], "tags": {"a"}}
+        self.recent: deque[int] = deque([1], maxlen=2)
+        self.hidden = (torch.zeros(1), torch.zeros(1))
+        self.teacher = [mlp()]  # not registered
+        self.noise = torch.Generator().manual_seed(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int = 0) -> Tensor:
+        x, y = batch
+        out = self(x + torch.randn(x.shape, generator=self.noise))
+        loss = nn.functional.cross_entropy(out, y)
+        self.mean(loss)
+        self.mean.compute()
+        self.all.update(loss)
+        self.accuracy(out, y)
+        self.several(out, y)
+        self.several.compute()
+        self.count += 1
+        self.losses.append(loss.detach())
+        self.notes["deep"][0] += 1
+        self.notes["deep"].append(1)
+        self.notes["tags"] |= {"b"}
+        self.notes["new"] = 1
+        self.recent.append(2)
+        self.hidden[0].add_(1)
+        self.replaced = torch.ones(2)
+        del self.removed
+        self.last = torch.ones(1)
+        self.register_buffer("added", torch.ones(1))
+        self.net[1].running_var.data.mul_(2)
+        self.net[3].eval()
+        self.teacher[0].eval()
+        self.net[0].weight.requires_grad_(False)
+        draws()
+        self.log("loss", loss)
+        self.log_dict({"loss": loss})
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def picture(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """All that a model holds, as copies, together with the identity of every tensor."""
+    seen = {} if seen is None else seen
+    if isinstance(value, Tensor):
+        gradient = None if not value.is_leaf or value.grad is None else (id(value.grad), value.grad.clone())
+        return id(value), value.detach().clone(), gradient, value.requires_grad
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, nn.Module):
+        if id(value) in seen:
+            return id(value)
+        seen[id(value)] = value
+        return picture(vars(value), seen)
+    if isinstance(value, dict):
+        return [(str(key), picture(item, seen)) for key, item in value.items()]
+    if isinstance(value, (list, tuple, deque)):
+        return [picture(item, seen) for item in value]
+    return copy.copy(value) if isinstance(value, set) else value if isinstance(value, (int, float, str)) else id(value)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@pytest.fixture
+def rich() -> Rich:
+    """The model after some training, with gradients, and metrics that have seen something."""
+    model = Rich()
+    x, y = torch.randn(16, 8), torch.randint(3, (16,))
+    out = model(x)
+    nn.functional.cross_entropy(out, y).backward()
+    for metric in (model.accuracy, model.several):
+        metric(out.detach(), y)
+    model.mean.update(1.0)
+    model.all.update(1.0)
+    with torch.inference_mode():  # as validation does
+        model.several.update(out, y)
+    model.net[4].bias.grad = None
+    return model
+
+
+BATCH = (torch.linspace(-1, 1, 64).reshape(8, 8), torch.arange(8) % 3)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_of_a_training_step(rich: Rich, fails: bool) -> None:
+    before, keys, state = picture(rich), list(rich.state_dict()), RandomState.now()
+
+    def block() -> None:
+        with undisturbed(rich, silent=True):
+            assert all(parameter.grad is None for parameter in rich.parameters())
+            loss = rich.training_step(BATCH)  # type: ignore[arg-type]
+            loss.backward()
+            assert not same(picture(rich), before)
+            torch.set_grad_enabled(False)
+            torch.set_autocast_enabled("cpu", True)
+            if fails:
+                raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            block()
+    else:
+        block()
+    assert same(picture(rich), before)
+    assert list(rich.state_dict()) == keys
+    assert "log" not in vars(rich)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    after = draws()
+    state.restore()
+    assert draws() == after
+    assert rich.mean.compute() == 1.0
+
+
+def test_twice_the_same(rich: Rich) -> None:
+    losses = []
+    for _ in range(2):
+        with undisturbed(rich, silent=True):
+            losses.append(rich.training_step(BATCH).item())  # type: ignore[arg-type]
+    assert losses[0] == losses[1]
+
+
+def test_logging_is_silent_only_inside() -> None:
+    model = Classifier()
+    with undisturbed(model, silent=True):
+        model.log("nowhere", 1.0)
+        model.log_dict({})
+    assert model.log == pl.LightningModule.log.__get__(model)
+    with undisturbed(model), pytest.raises(RuntimeError, match="Trainer"):
+        model.trainer.fit  # noqa: B018  (untouched: no trainer is attached)
+
+
+def test_a_log_of_its_own_survives() -> None:
+    model = Classifier()
+    own = model.log = lambda *_, **__: None  # type: ignore[method-assign]
+    with undisturbed(model, silent=True):
+        assert model.log is not own
+    assert model.log is own
+
+
+def test_gradients_keep_their_objects() -> None:
+    net = mlp()
+    net(torch.ones(2, 8)).sum().backward()
+    net[0].bias.grad = None
+    gradients = [parameter.grad for parameter in net.parameters()]
+    with undisturbed(net):
+        net(torch.ones(4, 8)).sum().backward()
+    assert all(a is b.grad for a, b in zip(gradients, net.parameters(), strict=True))
+
+
+def test_a_graph_from_before_stays_valid() -> None:
+    """A preflight may run between a forward and its backward pass: what that saved is neither changed nor stale."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    loss = net(torch.ones(2, 4)).sum()
+    with undisturbed(net):
+        net(torch.ones(2, 4))
+    loss.backward()
+    assert net[0].weight.grad is not None
+
+
+def test_buffers_of_any_kind() -> None:
+    net = nn.Module()
+    net.register_buffer("row", torch.zeros(1).expand(5))
+    net.register_buffer("sparse", torch.eye(3).to_sparse())
+    net.register_buffer("grown", torch.arange(3.0))
+    net.register_buffer("moved", torch.ones(2))
+    grown, moved = net.grown, net.moved
+    with undisturbed(net):
+        net.grown.resize_(7).fill_(1)
+        net.moved.data = torch.zeros(2, dtype=torch.float16)
+    assert net.grown is grown
+    assert torch.equal(grown, torch.arange(3.0))
+    assert net.moved is moved
+    assert torch.equal(moved, torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_module() -> None:
+    net = torch.jit.script(nn.Sequential(nn.BatchNorm1d(2)))
+    with undisturbed(net):
+        net(torch.randn(4, 2))
+        net.eval()
+    assert net.training
+    assert next(iter(net.modules())).training
+    assert [buffer.tolist() for buffer in net.buffers()] == [[0, 0], [1, 1], 0]
+
+
+def test_lazy_parameters_are_refused_without_a_trace() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    gradient = net[0].weight.grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="run one forward pass first"), undisturbed(net):
+        pass
+    assert net[0].weight.grad is gradient
+
+
+def test_training_goes_on_as_if_nothing_had_been() -> None:
+    """The same fit, with and without a rerun of each batch."""
+
+    class Curious(pl.Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Rich, optimizer: Any) -> None:
+            with undisturbed(pl_module, silent=True):
+                pl_module.training_step(self.batch, 0).backward()
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.batch = batch
+
+    class Model(Classifier):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.3), nn.Linear(16, 3)))
+            self.mean = MeanMetric()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.mean(loss)
+            self.log("mean", self.mean, on_epoch=True, on_step=True)
+            return loss
+
+    results = []
+    for callbacks in ([], [Curious()]):
+        pl.seed_everything(1, verbose=False)
+        model = Model()
+        fit = trainer(*callbacks, max_epochs=2)
+        fit.fit(model, batches(shuffle=True))
+        results.append(([value.clone() for value in model.state_dict().values()], fit.callback_metrics, draws()))
+    assert same(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+    assert results[0][2] == results[1][2]
