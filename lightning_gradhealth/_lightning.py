@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -60,10 +61,10 @@ def outermost(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module:
 
 def rerun(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Callable[[], Any] | None:
     """A function that runs `training_step` on a batch again; None where that would do more than a forward pass."""
-    takes = signature(module.training_step).parameters
-    if not module.automatic_optimization or "dataloader_iter" in takes:
+    if not module.automatic_optimization or "dataloader_iter" in signature(module.training_step).parameters:
         return None
-    arguments = (batch, batch_idx)[: len(takes)]
+    counted = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as Lightning decides it
+    arguments = (batch, batch_idx) if counted else (batch,)
 
     def run() -> Any:
         with trainer.precision_plugin.train_step_context():
@@ -78,9 +79,9 @@ def other_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]
     """What else changes the gradients between the callback and the optimizer, in words."""
     notes = []
     if trainer.gradient_clip_val:
-        kind = trainer.gradient_clip_algorithm or "norm"
+        kind = str(trainer.gradient_clip_algorithm or "norm").removeprefix("GradClipAlgorithmType.").lower()
         notes.append(
-            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips by {kind.removeprefix('GradClipAlgorithmType.')}"
+            f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips by {kind}"
             " after GradHealth: the smaller limit holds; applied_norm is what is left"
         )
     own = getattr(type(module), "configure_gradient_clipping", None)

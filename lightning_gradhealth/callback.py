@@ -16,8 +16,8 @@ from lightning_gradhealth.errors import GradHealthError
 from lightning_gradhealth.gradients import Clip
 from lightning_gradhealth.layers import LayersSpec
 from lightning_gradhealth.records import HealthReport, StepRecord
-from lightning_gradhealth.rules import Rule, Thresholds
 from lightning_gradhealth.response import OnNonFinite
+from lightning_gradhealth.rules import Rule, Thresholds
 from lightning_gradhealth.session import (
     DEFAULT_CADENCE,
     HealthSession,
@@ -34,8 +34,14 @@ P = ParamSpec("P")
 Hook = Callable[Concatenate["GradHealth", P], None]
 
 
+_STEPS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
+
+
 def _never_fatal(hook: Hook[P]) -> Hook[P]:
-    """Let a hook report its own failure once and step aside: the monitor must never end a training."""
+    """Let a hook report its own failure once and step aside: the monitor must never end a training.
+
+    But other ranks must not go on clipping, skipping or stopping without this one: then it is an error.
+    """
 
     @functools.wraps(hook)
     def guarded(self: GradHealth, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -46,6 +52,11 @@ def _never_fatal(hook: Hook[P]) -> Hook[P]:
         except GradHealthError:  # raised on purpose
             raise
         except Exception as error:
+            if hook.__name__ in _STEPS and self._acts and cast(pl.Trainer, args[0]).world_size > 1:
+                raise GradHealthError(
+                    f"GradHealth cannot step aside on one rank alone, while it acts on the others: {error!r}"
+                    " (see the cause above); without clip, on_non_finite and stop_on it can"
+                ) from error
             self._step_aside(f"{type(error).__name__}: {error}", error)
 
     return cast("Hook[P]", guarded)
@@ -64,9 +75,10 @@ class GradHealth(Callback):
             it: the smaller of both limits holds.
         on_non_finite: What to do about NaN and Inf in gradients: "warn"; "skip" the optimizer step, so that weights,
             moments, weight decay and step count stay as they are (the Trainer's `global_step` and the schedulers go
-            on); "raise" an error; or skip it and "stop" the fit. The last three run the batch's forward again to
-            name the module where it began; they read one flag a step, unless the step is skipped by a fused
-            optimizer. Under a loss scaler, which skips such steps by itself, nothing is done.
+            on; unless a fused optimizer skips it, the gradients are None in the hooks that follow); "raise" an error;
+            or skip it and "stop" the fit. The last three run the batch's forward again to name the module where it
+            began; they read one flag a step, unless the step is skipped by a fused optimizer. Under a loss scaler,
+            which skips such steps by itself, nothing is done.
         stop_on: Condition or conditions that end the fit when found with severity warning or above.
         probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
             two; None: the Trainer's `log_every_n_steps`.
@@ -163,6 +175,7 @@ class GradHealth(Callback):
             ignore=self.ignore,
             thresholds=self.thresholds,
             announce=_lightning.announcer(trainer, log.warning),
+            remember_calls=False,  # whole batches are remembered here
         )
         for optimizer in trainer.optimizers:
             self._session.monitor.index_of(optimizer)
@@ -200,7 +213,11 @@ class GradHealth(Callback):
             self._session.add_loss(loss)
         step = _lightning.logged_step(trainer)
         if self._session.observed(step) and _lightning.due(trainer, step, DEFAULT_CADENCE):
-            self._log(trainer, self._session.flush())
+            try:
+                self._log(trainer, self._session.flush())
+            except GradHealthError:  # too many skipped steps: the loggers get the last record nevertheless
+                self._log(trainer, self._session.conclude())
+                raise
             if self.stop_on:  # losses differ from rank to rank, and so may findings
                 found = self._session.should_stop
                 elsewhere = _lightning.anywhere(trainer, bool(found))
@@ -235,9 +252,16 @@ class GradHealth(Callback):
         if self._session is not None and trainer.loggers:
             self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_findings)
 
+    @property
+    def _acts(self) -> bool:
+        """Whether it may change or end the training."""
+        return self.clip is not None or self.on_non_finite != "warn" or bool(self.stop_on)
+
     def _step_aside(self, why: str, error: Exception | None = None) -> None:
         self._aside = why
-        acts = " WITHOUT clipping and on_non_finite" if self.clip is not None or self.on_non_finite != "warn" else ""
+        acting = {"clipping": self.clip is not None, "on_non_finite": self.on_non_finite != "warn"}
+        asked = [name for name, is_asked in {**acting, "stop_on": bool(self.stop_on)}.items() if is_asked]
+        acts = f" WITHOUT {' and '.join(asked)}" if asked else ""
         log.warning(
             "gradhealth: steps aside for the rest of this run, training goes on%s (%s)", acts, why, exc_info=error
         )

@@ -38,16 +38,20 @@ def clean_name(name: str) -> str:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel or DataParallel, else the model itself.
+    """Return the model inside DistributedDataParallel, DataParallel or Fabric's wrapper, else the model itself.
 
     Example:
         >>> net = nn.Linear(1, 1)
         >>> unwrap(nn.DataParallel(net)) is net
         True
     """
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
-    return model
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_forward_module", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def is_compiled(module: nn.Module) -> bool:

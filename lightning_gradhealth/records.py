@@ -149,7 +149,7 @@ class StepStats(Record):
         origin: Where a NaN or Inf came from, where that was looked into.
         clip_coefficient: Total norm after the session's clipping over that before; None where nothing clips, or it
             is not one factor.
-        clipped: The session's clipping changed the gradients.
+        clipped: The session's clipping changed the gradients; None where nothing clips.
         armed: The clipping's gate is open; None where there is no gate.
         would_clip: The coefficient of a dry run: what would have been done.
         applied_norm: L2 norm of what the optimizer was given, after all clipping, the Trainer's too (probed steps).
@@ -170,7 +170,7 @@ class StepStats(Record):
     skipped: bool = False
     origin: str = ""
     clip_coefficient: float | None = None
-    clipped: bool = False
+    clipped: bool | None = None
     armed: bool | None = None
     would_clip: float | None = None
     applied_norm: float | None = None
@@ -217,7 +217,12 @@ class StepRecord(Record):
     @property
     def clipped_steps(self) -> int:
         """Steps of the window whose gradients were clipped."""
-        return sum(step.clipped for step in self.window)
+        return sum(bool(step.clipped) for step in self.window)
+
+    @property
+    def clips(self) -> bool:
+        """Whether the session clips at all."""
+        return any(step.clipped is not None for step in self.window)
 
     @property
     def skipped_steps(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,17 +14,18 @@ from torch.optim import Optimizer
 
 from lightning_gradhealth.errors import NonFiniteGradientError
 from lightning_gradhealth.gradients import Decision
-from lightning_gradhealth.isolation import RandomState
+from lightning_gradhealth.gradients.monitor import without_effect
+from lightning_gradhealth.gradients.rows import Row
+from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import unwrap
-from lightning_gradhealth.origin import find_origin
-from lightning_gradhealth.records import StepRecord
-from lightning_gradhealth.sharding import first_over_ranks
-
-log = logging.getLogger("lightning_gradhealth")
+from lightning_gradhealth.origin import Origin, find_origin
+from lightning_gradhealth.records import StepStats
+from lightning_gradhealth.sharding import first_over_ranks, reshard
 
 OnNonFinite = Literal["warn", "skip", "raise", "stop"]
 
 SEARCHED_STEPS = 1_000
+KEPT_FORWARDS = 256
 _REMEDY = (
     "a smaller learning rate or a warm-up of it; look for log(0), division by 0, sqrt(0) and bad values in the batch of"
     " that step"
@@ -71,14 +74,15 @@ class Response:
         self.limit = limit
         self.stop = ""
         self._model = model
-        self._forwards: list[tuple[Callable[[], Any], RandomState]] = []
+        self._forwards: deque[tuple[Callable[[], Any], RandomState]] = deque(maxlen=KEPT_FORWARDS)
         self._stepped = False
         self._in_a_row: dict[int, int] = {}
-        self._read: set[tuple[int, int]] = set()  # optimizer and step, since the last review
+        self._searched: set[int] = set()  # optimizers whose last healthy step came before the last search
         self._searching = False
         self._search = 0  # steps for which a flag that could stay on the device is read, to catch the next one
-        self._fused: dict[int, Optimizer] = {}
-        self._hooks: list[Any] = []
+        self._fused: dict[int, bool] = {}
+        self._flags: dict[int, tuple[Optimizer, Tensor]] = {}
+        self._hooks: dict[int | str, Any] = {}  # by the number of the optimizer
 
     # --- what can be run again ---
 
@@ -88,7 +92,7 @@ class Response:
         Args:
             rerun: Runs it again, and returns the loss if there is one.
         """
-        if self.mode == "warn":
+        if self.mode == "warn" or self._searching:
             return
         if self._stepped:
             self._forwards.clear()
@@ -97,24 +101,46 @@ class Response:
 
     def remember_calls(self) -> None:
         """From now on, keep the arguments of each call of the model in training, for loops without a Trainer."""
-        if self.mode == "warn":
-            return
         inner = unwrap(self._model)
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module.training and not self._searching:
-                self.remember(lambda: inner(*args, **kwargs))
-
-        self._hooks.append(inner.register_forward_pre_hook(before, with_kwargs=True))
+        # module.compile() would make the hook a part of the compiled code
+        if self.mode != "warn" and getattr(inner, "_compiled_call_impl", None) is None:
+            hook = nn.Module.register_forward_pre_hook(inner, _Remembers(self), with_kwargs=True)
+            self._hooks["calls"] = hook
 
     def _find_origin(self, sharded: bool) -> str:
-        """Run the forwards of this step again, on every rank, and say in words where it began."""
+        """Run the forwards of this step again, on every rank, and say in words where it began.
+
+        Ranks do alike, for a forward or a backward pass may talk to the others: only where all forwards were finite
+        on all ranks are the gradients followed back.
+        """
         self._searching, found = True, ""
-        for rerun, random in self._forwards:
-            origin = find_origin(self._model, rerun, backward=not sharded, random=random)
-            found = found or (str(origin) if origin.phase else "")
+        for backward in (False,) if sharded else (False, True):
+            for rerun, random in self._forwards:
+                origin = self._search_again(rerun, random, backward)
+                found = found or (str(origin) if origin.phase else "")
+            found = first_over_ranks(found)
+            if found:
+                break
         self._searching = False
-        return first_over_ranks(found)
+        return found
+
+    def _search_again(self, rerun: Callable[[], Any], random: RandomState, backward: bool) -> Origin:
+        """Find the origin in one forward pass, which does run on this rank whatever is found before it."""
+        ran = False
+
+        def run() -> Any:
+            nonlocal ran
+            ran = True
+            try:
+                return rerun()
+            finally:
+                reshard(self._model)
+
+        origin = find_origin(self._model, run, backward=backward, random=random)
+        if not ran:  # the weights were to blame; but other ranks may have sound parts of them, and wait for this one
+            with contextlib.suppress(Exception), undisturbed(unwrap(self._model), silent=True):
+                run()
+        return origin
 
     # --- every step ---
 
@@ -122,6 +148,8 @@ class Response:
         """Mark a decision as one to skip, on the device."""
         if self.mode != "warn" and not decision.row.scaled and len(decision.norms):
             decision.skip = ~decision.total_norm.isfinite()
+            if decision.row.cut is not None:
+                decision.row.cut = without_effect(decision.row.cut, decision.skip)
 
     def carry_out(self, decision: Decision, *, sharded: bool) -> bool:
         """Do what is to be done; True where the step is known to be skipped.
@@ -133,79 +161,132 @@ class Response:
         if decision.skip is None:
             return False
         row, optimizer = decision.row, decision.optimizer
-        if self.mode == "skip" and self._search == 0 and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if self.mode == "skip" and self._search == 0 and self._takes_flag(row.optimizer, optimizer):
             row.skip = decision.skip
             self._flag(row.optimizer, optimizer, decision.skip)
             return False
         self._search = max(0, self._search - 1)
         row.skip = bool(decision.skip)
-        self._read.add((row.optimizer, row.step))
         if not row.skip:
-            self._in_a_row[row.optimizer] = 0
+            self._recovered(row.optimizer)
             return False
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-        self._search = 0
-        if not self._in_a_row.get(row.optimizer):
+        if row.optimizer not in self._searched:
+            self._search = 0
+            self._searched.add(row.optimizer)
             row.origin = self._find_origin(sharded)
         what = f"gradients are NaN or Inf at step {row.step} ({row.origin or 'origin unknown'})"
         if self.mode == "raise":
-            raise NonFiniteGradientError(f"{what}; the weights are those before that step. {_REMEDY.capitalize()}")
+            raise NonFiniteGradientError(f"{what}; the weights are those before that step. Remedy: {_REMEDY}")
         if self.mode == "stop":
-            self.stop = what
+            self.stop = f"{what}; the weights are those before that step. Remedy: {_REMEDY}"
         self._count(row.optimizer, row.step)
         return True
+
+    def _takes_flag(self, number: int, optimizer: Optimizer) -> bool:
+        """Whether the optimizer can be made to skip by a flag on the device, as torch's fused ones can."""
+        if number not in self._fused:  # those that take the scaler itself look for no flag
+            fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+            self._fused[number] = fused and "grad_scaler" not in signature(optimizer.step).parameters
+        return self._fused[number] and not _starts_momentum(optimizer)
 
     def _flag(self, number: int, optimizer: Optimizer, skip: Tensor) -> None:
         """Give a fused optimizer the flag by which a loss scaler would make it skip."""
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        optimizer.found_inf = skip.to(device, torch.float32)  # type: ignore[attr-defined]
-        if number not in self._fused:
-            self._fused[number] = optimizer
-            self._hooks.append(optimizer.register_step_post_hook(_forget_flag))
+        flag = skip.to(device, torch.float32)
+        optimizer.found_inf = flag  # type: ignore[attr-defined]
+        self._flags[number] = optimizer, flag
+        if number not in self._hooks:
+            self._hooks[number] = optimizer.register_step_post_hook(lambda *_: self._forget_flag(number))
+
+    def _forget_flag(self, number: int) -> None:
+        """Take the flag back, unless a loss scaler has put its own in its place."""
+        optimizer, flag = self._flags.pop(number, (None, None))
+        if optimizer is not None and vars(optimizer).get("found_inf") is flag:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+
+    def _recovered(self, number: int) -> None:
+        self._in_a_row[number] = 0
+        self._searched.discard(number)
 
     def _count(self, number: int, step: int) -> None:
         self._in_a_row[number] = self._in_a_row.get(number, 0) + 1
         if self._in_a_row[number] >= self.limit:
             raise NonFiniteGradientError(
-                f"gradients were NaN or Inf in {self.limit} steps in a row, all skipped, the last at step {step}: the run"
-                f" does not recover. {_REMEDY.capitalize()}; Thresholds(skipped_in_a_row=...) sets this limit"
+                f"gradients were NaN or Inf in {self.limit} steps in a row, all skipped, the last at step {step}: the"
+                f" run does not recover. Remedy: {_REMEDY}; Thresholds(skipped_in_a_row=...) sets this limit"
             )
 
-    def review(self, records: Iterable[StepRecord]) -> None:
-        """After a flush, take in the steps that fused optimizers have skipped unread.
+    def review(self, steps: Iterable[tuple[Row, StepStats]]) -> None:
+        """After a flush, take in the steps that fused optimizers may have skipped unread.
+
+        Args:
+            steps: Every row that was read, and what was in it.
 
         Raises:
             NonFiniteGradientError: Too many steps were skipped in a row.
         """
-        for record in records:
-            for step in record.window:
-                if step.optimizer not in self._fused or (step.optimizer, step.step) in self._read:
-                    continue
-                if not step.skipped:
-                    self._in_a_row[step.optimizer] = 0
-                else:
-                    self._search = SEARCHED_STEPS
-                    self._count(step.optimizer, step.step)
-        self._read.clear()
+        for row, step in steps:
+            if not isinstance(row.skip, Tensor):
+                continue
+            if not step.skipped:
+                self._recovered(row.optimizer)
+                continue
+            if row.optimizer not in self._searched:
+                self._search = SEARCHED_STEPS
+            self._count(row.optimizer, row.step)
 
     def close(self) -> None:
-        """Remove every hook; calling it twice does no harm."""
-        for hook in self._hooks:
+        """Remove every hook and flag; calling it twice does no harm."""
+        for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        self._fused.clear()
+        for number in list(self._flags):
+            self._forget_flag(number)
         self._forwards.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as primitives."""
-        return {"in_a_row": dict(self._in_a_row), "search": self._search}
+        return {"in_a_row": dict(self._in_a_row), "search": self._search, "searched": sorted(self._searched)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self._in_a_row, self._search = dict(state["in_a_row"]), state["search"]
+        self._searched = set(state["searched"])
 
 
-def _forget_flag(optimizer: Optimizer, *_: Any) -> None:
-    vars(optimizer).pop("found_inf", None)
+class _Remembers:
+    """The hook of `remember_calls`; a class that leaves the session behind, so that its model can be copied."""
+
+    _response: Response | None = None
+
+    def __init__(self, response: Response) -> None:
+        self._response = response
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._response is None or not module.training:
+            return
+        kind = next((parameter.device.type for parameter in module.parameters()), "cpu")
+        enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+        def rerun() -> Any:
+            with torch.autocast(kind, dtype, enabled):
+                return module(*args, **kwargs)
+
+        self._response.remember(rerun)
+
+
+def _starts_momentum(optimizer: Optimizer) -> bool:
+    """Whether a step of fused SGD would be the first: skipped, its kernel would leave the momentum uninitialised."""
+    for group in optimizer.param_groups:
+        moved = [parameter for parameter in group["params"] if parameter.grad is not None]
+        if group.get("momentum") and moved:
+            buffers = (optimizer.state.get(parameter, {}).get("momentum_buffer") for parameter in moved)
+            if all(buffer is None for buffer in buffers):
+                return True
+    return False

@@ -146,6 +146,9 @@ class HealthSession:
         stop_on: Conditions that set `should_stop` when they are found with severity warning or above.
         announce: Called once with one line for every new or graver finding; None: the logger
             "lightning_gradhealth" warns, on rank zero.
+        remember_calls: Whether to keep the arguments of the model's calls until the optimizer steps, so that they
+            can be run again when a NaN is traced to its origin; False for loops that call `response.remember`
+            themselves. Without effect while `on_non_finite` is "warn".
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -174,12 +177,15 @@ class HealthSession:
         thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
         stop_on: StopOn = (),
         announce: Callable[[str], None] | None = None,
+        remember_calls: bool = True,
     ) -> None:
         muted = check_arguments(clip, on_non_finite, probe_every_n_steps, layers, rules, ignore, thresholds)
         self.stop_on = check_stop_on(stop_on, rules)
         self.probe_every_n_steps = probe_every_n_steps or DEFAULT_CADENCE
         self.monitor = GradientMonitor(model, clip, layers)
         self.response = Response(model, on_non_finite, thresholds.skipped_in_a_row)
+        if remember_calls:
+            self.response.remember_calls()
         self.judgement = Judgement([*default_rules(thresholds), *copy.deepcopy(list(rules))], muted)
         self._announce = announce or _warn_on_rank_zero
         self._recorder: UseRecorder | None = UseRecorder(model)
@@ -216,9 +222,7 @@ class HealthSession:
             self.flush()
         count = self.monitor.steps_of(optimizer)
         probed = count < ALWAYS_PROBED or (count + 1) % self.probe_every_n_steps == 0
-        decision = self.monitor.observe(
-            optimizer, step=step, grad_scaler=grad_scaler, exact=probed, probe=probed
-        )
+        decision = self.monitor.observe(optimizer, step=step, grad_scaler=grad_scaler, exact=probed, probe=probed)
         self.response.judge(decision)
         if loss is not None:
             self.add_loss(loss)
@@ -257,6 +261,8 @@ class HealthSession:
         """
         if not self.response.carry_out(decision, sharded=self.monitor.sharded):
             self.monitor.apply(decision)
+        elif decision.row.origin and any(condition == Condition.NON_FINITE for condition, _ in self._told):
+            self._announce(f"gradhealth: step {decision.row.step}: {decision.row.origin}")
 
     @property
     def should_stop(self) -> str:
@@ -273,13 +279,14 @@ class HealthSession:
         Returns:
             The record of the last step; the previous one where nothing was observed since.
         """
+        rows = list(self.monitor.rows)
         records = self.monitor.records(read_once(self.monitor.pending()))
         self.monitor.rows.clear()
         for record in records:
             self._tell(self.judgement.add(record))
         self._last = records[-1] if records else self._last
         self._latest = self.judgement
-        self.response.review(records)
+        self.response.review(zip(rows, (step for record in records for step in record.window), strict=True))
         return self._last
 
     def conclude(self) -> StepRecord:

@@ -149,6 +149,22 @@ def first_over_ranks(text: str) -> str:
     return next((f"{found}, on rank {rank}" for rank, found in enumerate(texts) if found), "")
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 give back the whole weights that it keeps between a forward pass and its backward.
+
+    Args:
+        model: A model of which a forward pass has run that no backward will follow.
+
+    Example:
+        >>> reshard(nn.Linear(2, 2))  # nothing to do
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
+
+
 class Sharding:
     """How the parameters of one optimizer are split over the ranks, and norms of the whole from those of the parts.
 

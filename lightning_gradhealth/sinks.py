@@ -49,7 +49,8 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
         {'gradhealth/total_norm': 2.0, 'gradhealth/non_finite_steps': 0.0, 'gradhealth/findings': 0.0}
 
     What clipping did comes with it where something clips: `applied_norm` (the norm that the optimizer was given),
-    `clip_coefficient`, `clipped_fraction` (share of the window's steps) and `armed` (the gate of adaptive clipping).
+    `clip_coefficient`, `clipped_fraction` (share of the window's steps), `armed` (the gate of adaptive clipping) and
+    `would_clip` (what a dry run would have done).
     """
     ratios = record.norm_ratios
     values: dict[str, float | None] = {
@@ -61,6 +62,7 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
         "gain_per_layer": record.backward_gain,
         "update_to_weight": record.update_to_weight_median,
         "non_finite_steps": float(record.non_finite_steps),
+        "skipped_steps": float(record.skipped_steps) or None,
         "findings": float(active_findings),
     }
     values |= _clipping(record)
@@ -73,7 +75,7 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
 
 def _clipping(record: StepRecord) -> dict[str, float | None]:
     """What the session's clipping did in the window; nothing where there is none."""
-    if not any(step.clip_coefficient is not None or step.clipped for step in record.window):
+    if not record.clips:
         return {}
     would = [step.would_clip for step in record.window if step.would_clip is not None]
     return {
@@ -81,7 +83,6 @@ def _clipping(record: StepRecord) -> dict[str, float | None]:
         "clipped_fraction": record.clipped_steps / len(record.window),
         "armed": None if record.armed is None else float(record.armed),
         "would_clip": min(would, default=None),
-        "skipped_steps": float(record.skipped_steps) if record.skipped_steps else None,
     }
 
 
@@ -126,15 +127,16 @@ def tags(names: Sequence[str]) -> dict[str, str]:
     return {name: tag for tag, name in taken.items()}
 
 
-def layout(layers: bool = True) -> dict[str, dict[str, list[Any]]]:
+def layout(layers: bool = True, clipping: bool = True) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's Custom Scalars panel, the verdict first.
 
     Args:
         layers: Whether there are scalars of single layers to show.
+        clipping: Whether the session clips.
 
     Example:
-        >>> list(layout()), list(layout(layers=False))
-        (['Grad Health', 'Grad Health: layers'], ['Grad Health'])
+        >>> list(layout()), list(layout(layers=False, clipping=False))
+        (['Grad Health', 'Grad Health: clipping', 'Grad Health: layers'], ['Grad Health'])
     """
 
     def chart(*patterns: str) -> list[Any]:
@@ -146,20 +148,23 @@ def layout(layers: bool = True) -> dict[str, dict[str, list[Any]]]:
             "Active findings": chart("findings"),
             "Gain per layer, backwards (1: ideal)": chart("gain_per_layer"),
             "Largest gradient norm (log scale)": chart("total_norm_max"),
-            "Gradient norm before and after clipping (log scale)": chart("total_norm", "applied_norm"),
-            "Clipping: smallest factor, share of steps, gate open": chart(
-                "clip_coefficient", "clipped_fraction", "armed", "would_clip"
-            ),
             "Update / weight (log scale, 1e-3: usual)": chart("update_to_weight"),
             "Norm ratio, min and max layer (log scale)": chart("norm_ratio_min", "norm_ratio_max"),
             "Steps with NaN or Inf": chart("non_finite_steps"),
         },
-        "Grad Health: layers": {
+    }
+    if clipping:
+        charts["Grad Health: clipping"] = {
+            "Norm before and after clipping (log scale)": chart("total_norm", "applied_norm"),
+            "Share of clipped steps, gate open": chart("clipped_fraction", "armed"),
+            "Smallest factor (log scale)": chart("(clip_coefficient|would_clip)"),
+        }
+    if layers:
+        charts["Grad Health: layers"] = {
             "Gradient norm, a line a layer (log scale)": chart("layers/grad_norm/.*"),
             "Update / weight, a line a layer (log scale)": chart("layers/update_to_weight/.*"),
-        },
-    }
-    return charts if layers else {"Grad Health": charts["Grad Health"]}
+        }
+    return charts
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
@@ -222,7 +227,7 @@ class LoggerSink:
             try:
                 logger.log_metrics(metrics, step=record.step)
                 if _is_tensorboard(logger):
-                    self._write_panels(logger, record.step, findings)
+                    self._write_panels(logger, record, findings)
             except Exception as error:
                 self._failed.add(id(logger))
                 log.warning(
@@ -248,16 +253,16 @@ class LoggerSink:
             }
         )
 
-    def _write_panels(self, logger: Any, step: int, findings: Sequence[Finding]) -> None:
+    def _write_panels(self, logger: Any, record: StepRecord, findings: Sequence[Finding]) -> None:
         """The layout once a writer, the findings whenever there is a new one."""
         writer = logger.experiment
         if id(logger) not in self._told:
             self._told[id(logger)] = set()
-            writer.add_custom_scalars(layout(layers=self._count != 0))
+            writer.add_custom_scalars(layout(layers=self._count != 0, clipping=record.clips))
         known = self._told[id(logger)]
         if new := {(f.condition, f.severity) for f in findings} - known:
             known |= new
-            writer.add_text(f"{PREFIX}/findings", findings_text(findings), step)
+            writer.add_text(f"{PREFIX}/findings", findings_text(findings), record.step)
 
 
 def _is_tensorboard(logger: Any) -> bool:

@@ -495,7 +495,7 @@ trainer:
         ({"log_layers": -1}, ValueError, r'log_layers must be "auto" .* got -1'),
         ({"log_layers": "all"}, ValueError, r'log_layers must be "auto" .* got \'all\''),
         ({"rules": ["vanishing"]}, TypeError, "rules must be instances of subclasses of Rule .* got 'vanishing'"),
-        ({"ignore": "dead_unit"}, ValueError, "ignore: 'dead_unit' is no condition; the conditions are collapsing_w"),
+        ({"ignore": "dead_unit"}, ValueError, "ignore: 'dead_unit' is no condition; the conditions are adaptive_cl"),
         ({"rules": 3}, TypeError, "rules must be a sequence of Rule instances, got 3"),
         ({"ignore": 3}, TypeError, "ignore must be a condition, several, or condition -> regex, got 3"),
         ({"ignore": {"loss_spike": "["}}, ValueError, r"ignore: '\[' is not a valid regular expression"),

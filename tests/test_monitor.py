@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import math
 
@@ -14,7 +13,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightning_gradhealth import Decision, GradientMonitor, HealthSession
+from lightning_gradhealth import GradientMonitor, HealthSession, NormClip
 
 
 def backward(model: nn.Module, scale: float = 1.0) -> None:
@@ -218,18 +217,23 @@ def test_overflow_under_a_scaler_is_no_finding() -> None:
 
 def test_a_decision_scales_on_the_device() -> None:
     model = mlp()
-    optimizer, monitor = torch.optim.SGD(model.parameters(), lr=0.1), GradientMonitor(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     backward(model)
-    decision = monitor.observe(optimizer)
     before = reference.layer_norms(model)
-    monitor.apply(decision)
-    assert reference.layer_norms(model) == before
-    assert decision.action == "ok"
-    half = dataclasses.replace(decision, coefficient=torch.tensor(0.5))
-    assert isinstance(half, Decision)
-    assert half.action == "clip"
-    monitor.apply(half)
-    assert reference.layer_norms(model) == pytest.approx({k: v / 2 for k, v in before.items()})
+    total = math.hypot(*before.values())
+    for clip, action in ((None, "ok"), (NormClip(2 * total), "ok"), (NormClip(total / 2), "clip")):
+        monitor = GradientMonitor(model, clip=clip)
+        decision = monitor.observe(optimizer)
+        assert reference.layer_norms(model) == before  # nothing happens until it is applied
+        monitor.apply(decision)
+        assert decision.action == action
+        assert decision.norms.square().sum().sqrt().item() == pytest.approx(total)
+        factor = {"ok": 1.0, "clip": 0.5}[action]
+        assert reference.layer_norms(model) == pytest.approx({k: v * factor for k, v in before.items()}, rel=1e-6)
+        step = monitor.flush().window[0]
+        assert (step.clipped, step.clip_coefficient) == (
+            (None, None) if clip is None else (action == "clip", pytest.approx(factor))
+        )
 
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25])

@@ -43,7 +43,7 @@ def logdir(tmp_path: Path) -> Path:
     """The logs of two real fits."""
     for name, rate in RUNS.items():
         logger = TensorBoardLogger(tmp_path, name="", version=name)
-        health = gh.GradHealth()
+        health = gh.GradHealth(clip="adaptive")
         trainer(health, logger=logger, log_every_n_steps=4, max_steps=12).fit(
             Classifier(mlp(depth=6), lr=rate), batches()
         )

@@ -185,7 +185,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepRecord, int]]:
 
 
 def fit(model: Any, *loggers: Any, max_steps: int = 12, **options: Any) -> gh.GradHealth:
-    health = gh.GradHealth(**{key: options.pop(key) for key in ("log_layers", "layers") if key in options})
+    health = gh.GradHealth(**{key: options.pop(key) for key in ("log_layers", "layers", "clip") if key in options})
     kept = [item.logger if isinstance(item, Kept) else item for item in loggers]
     trainer(health, logger=kept, log_every_n_steps=4, max_steps=max_steps, **options).fit(model, batches())
     return health
@@ -197,6 +197,7 @@ def expected(record: StepRecord, active: int) -> dict[str, float]:
     updates = [layer.update_to_weight for layer in record.layers if layer.update_to_weight is not None]
     values: dict[str, float] = {
         "gradhealth/total_norm": record.total_norm,
+        "gradhealth/applied_norm": record.applied_norm,
         "gradhealth/total_norm_max": max(step.total_norm for step in record.window),
         "gradhealth/norm_ratio_min": min(ratios),
         "gradhealth/norm_ratio_max": max(ratios),
@@ -332,7 +333,7 @@ def test_tags_are_plain_and_no_two_alike() -> None:
 @pytest.mark.parametrize("prefix", ["", "mine"])
 def test_every_chart_of_the_layout_finds_its_scalars(prefix: str, make: Any) -> None:
     kept = make("tensorboard", prefix=prefix)
-    fit(Logging(), kept)
+    fit(Logging(), kept, clip="adaptive")
     events = accumulator(kept.logger)
     config = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     shown = {
@@ -430,3 +431,39 @@ def test_other_ranks_write_nothing(kind: str, make: Any, tmp_path: Path, monkeyp
 def test_no_logger_no_writing(written: Any) -> None:
     fit(Logging())
     assert written == []
+
+
+# --- clipping ----------------------------------------------------------------------------------------------------
+
+
+def test_what_clipping_did_is_written_under_its_own_names(make: Any, written: Any) -> None:
+    kept = make("csv")
+    fit(Logging(), kept, clip=gh.NormClip(0.1))
+    rows, records = kept.rows(), [record for record, _ in written]
+    assert records[-1].clipped_steps == len(records[-1].window)
+    for record in records:
+        row = rows[record.step]
+        assert row["gradhealth/total_norm"] == pytest.approx(record.total_norm, rel=1e-6)
+        assert row["gradhealth/applied_norm"] == pytest.approx(0.1, rel=1e-6)
+        smallest = min(0.1 / step.total_norm for step in record.window)
+        assert row["gradhealth/clip_coefficient"] == pytest.approx(smallest, rel=1e-6)
+        assert row["gradhealth/clipped_fraction"] == 1.0
+        assert "gradhealth/armed" not in row
+        assert "gradhealth/would_clip" not in row
+
+
+def test_a_gate_says_whether_it_is_open_and_a_dry_run_what_it_would_do(make: Any) -> None:
+    kept = make("csv")
+    fit(Logging(), kept, clip=gh.WhenExploding(dry_run=True))
+    for row in kept.rows().values():
+        if "gradhealth/total_norm" in row:
+            assert row["gradhealth/armed"] == 0.0
+            assert row["gradhealth/would_clip"] == row["gradhealth/clip_coefficient"] == 1.0
+            assert row["gradhealth/applied_norm"] == pytest.approx(row["gradhealth/total_norm"], rel=1e-6)
+
+
+def test_nothing_of_clipping_without_a_clipper(make: Any) -> None:
+    kept = make("csv")
+    fit(Logging(), kept)
+    names = {name for row in kept.rows().values() for name in row}
+    assert not names & {f"gradhealth/{name}" for name in ("clip_coefficient", "clipped_fraction", "armed")}

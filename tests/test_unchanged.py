@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -70,6 +71,13 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "accumulation": (lambda: Recorded(noisy_net()), {"accumulate_grad_batches": 3}),
     "two optimizers": (TwoOptimizers, {}),
     "bf16-mixed": (lambda: Recorded(noisy_net()), {"precision": "bf16-mixed"}),
+    "bf16-true": (lambda: Recorded(noisy_net()), {"precision": "bf16-true"}),
+    "fused": (lambda: Recorded(noisy_net(), torch.optim.AdamW, lr=1e-3, fused=True), {}),
+    "fused momentum": (lambda: Recorded(noisy_net(), lr=0.05, momentum=0.9, fused=True), {}),
+    "fused in bf16-mixed": (
+        lambda: Recorded(noisy_net(), torch.optim.Adam, lr=1e-3, fused=True),
+        {"precision": "bf16-mixed"},
+    ),
     "64-true": (lambda: Recorded(noisy_net()), {"precision": "64-true"}),
     "fp16 with a scaler": (lambda: Recorded(noisy_net()), {"plugins": "scaler"}),
     "fused under a scaler": (
@@ -93,13 +101,31 @@ def run(case: str, *callbacks: pl.Callback) -> tuple[dict[str, Tensor], list[Ten
     return {k: v.clone() for k, v in model.state_dict().items()}, model.losses, torch.get_rng_state()
 
 
+@functools.cache
+def bare(case: str) -> tuple[dict[str, Tensor], list[Tensor], Tensor]:
+    return run(case)
+
+
+RESPONSES: dict[str, dict[str, Any]] = {
+    "watched": {},
+    "ready to skip": {"on_non_finite": "skip"},
+    "ready to raise": {"on_non_finite": "raise"},
+    "ready to clip": {"clip": "adaptive"},
+    "ready for all": {"clip": "adaptive", "on_non_finite": "stop", "stop_on": "exploding_gradients"},
+}
+
+
+@pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("case", CASES)
-def test_bit_for_bit(case: str) -> None:
-    health = GradHealth()
-    weights, losses, random_state = run(case)
+def test_bit_for_bit(case: str, response: str) -> None:
+    health = GradHealth(**RESPONSES[response])
+    weights, losses, random_state = bare(case)
     weights_seen, losses_seen, random_state_seen = run(case, health)
-    assert health.report().steps >= STEPS
-    assert not health.report().aside
+    report = health.report()
+    assert report.steps >= STEPS
+    assert not report.aside
+    assert report.clipped_steps == report.skipped_steps == 0
+    assert "adaptive_clipping" not in {finding.condition for finding in report.findings}
     assert len(losses) == len(losses_seen) >= STEPS
     assert all(torch.equal(a, b) for a, b in zip(losses, losses_seen, strict=True))
     assert weights.keys() == weights_seen.keys()

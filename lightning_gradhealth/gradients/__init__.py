@@ -1,16 +1,9 @@
-"""Gradients to numbers: accurate norms on the device, clipping, weights and updates at probed steps, one read a flush."""
+"""Gradients to numbers: norms on the device, clipping, weights and updates at probed steps, one read a flush."""
 
-from lightning_gradhealth.gradients.adaptive import LayerwiseClip, PercentileClip, WhenExploding, ZScoreClip
-from lightning_gradhealth.gradients.clipping import (
-    Chain,
-    Clipper,
-    Cut,
-    Gradients,
-    NormClip,
-    SignClip,
-    UnitwiseClip,
-    ValueClip,
-)
+from lightning_gradhealth.gradients.adaptive import LayerwiseClip, PercentileClip, ZScoreClip
+from lightning_gradhealth.gradients.clippers import Chain, NormClip, SignClip, UnitwiseClip, ValueClip
+from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients
+from lightning_gradhealth.gradients.gate import WhenExploding
 from lightning_gradhealth.gradients.monitor import Clip, Decision, GradientMonitor, check_clip
 from lightning_gradhealth.gradients.norms import norms, read_once
 from lightning_gradhealth.gradients.weights import WeightProbe

@@ -72,7 +72,7 @@ def _step(row: HostRow) -> StepStats:
         skipped=row.skipped,
         origin=row.row.origin,
         clip_coefficient=coefficient,
-        clipped=bool(clipped),
+        clipped=None if clipped is None else bool(clipped),
         armed=None if armed is None else bool(armed),
         would_clip=would,
         applied_norm=row.applied_norm,

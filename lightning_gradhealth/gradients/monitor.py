@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradhealth.gradients.adaptive import WhenExploding
 from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients, check_clipper
+from lightning_gradhealth.gradients.gate import WhenExploding
 from lightning_gradhealth.gradients.grouping import make_record
 from lightning_gradhealth.gradients.norms import norms, read_once
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
@@ -142,7 +142,8 @@ class GradientMonitor:
     # --- every step ---
 
     def index_of(self, optimizer: Optimizer) -> int:
-        """Number of an optimizer, in the order in which they were first met."""
+        """Number of an optimizer, in the order in which they were first met; wrappers (Fabric's) are looked through."""
+        optimizer = bare(optimizer)
         for index, known in enumerate(self._optimizers):
             if known is optimizer:
                 return index
@@ -185,6 +186,7 @@ class GradientMonitor:
             exact: False allows large tensors on a CPU to be summed in float32 blocks.
             probe: Measure weights, updates and what clipping leaves too, over the step that follows.
         """
+        optimizer = bare(optimizer)
         number = self.index_of(optimizer)
         self._observed[number] += 1
         if step is None:
@@ -205,6 +207,8 @@ class GradientMonitor:
         if clipper is not None and tensors:
             decision.cut = clipper.decide(decision.gradients)
             row.cut = _flags(decision.cut, vector)
+            if scaled:  # the scaler skips the step if one is not finite
+                row.cut = without_effect(row.cut, ~decision.total_norm.isfinite())
         self.rows.append(row)
         self._open.pop(number, None)
         if probe and pattern.slots:
@@ -289,7 +293,8 @@ class GradientMonitor:
         if len(pattern.slots) == len(pattern.owned):
             return None
         if pattern not in self._positions:
-            self._positions[pattern] = torch.tensor([pattern.owned.index(s) for s in pattern.slots]).to(device)
+            places = [pattern.owned.index(slot) for slot in pattern.slots]
+            self._positions[pattern] = torch.tensor(places, dtype=torch.int64).to(device)
         return self._positions[pattern]
 
     def _gradients(self, number: int, pattern: Pattern, tensors: Sequence[Tensor | None], vector: Tensor) -> Gradients:
@@ -325,11 +330,12 @@ class GradientMonitor:
             return
         row, watch, still_scaled = self._open.pop(number)
         watch.close()
-        parameters = [self.layout.slots[slot].parameter for slot in row.pattern.slots]
-        there = all(p.grad is not None or s in self.layout.flat for p, s in zip(parameters, row.pattern.slots, strict=True))
+        slots, flat = row.pattern.slots, self.layout.flat
+        parameters = [self.layout.slots[slot].parameter for slot in slots]
+        there = all(p.grad is not None or slot in flat for p, slot in zip(parameters, slots, strict=True))
         applied = None
         if there and not still_scaled:
-            zero = torch.zeros(0)
+            zero = torch.zeros(0, device=row.norms.device)
             applied = norms([zero if p.grad is None else local(p.grad) for p in parameters], exact=False)
         if self._shardings[number] is None:
             row.applied = applied
@@ -432,11 +438,35 @@ class GradientMonitor:
         self.rows = deque(rows_from_state(state, slot_of), maxlen=CAPACITY)
 
 
+def bare(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that a wrapper of Lightning or Fabric calls in the end.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> bare(optimizer) is optimizer
+        True
+    """
+    while isinstance(inner := getattr(optimizer, "_optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def _flags(cut: Cut, vector: Tensor) -> Tensor:
     """What a flush needs of a cut, shape (4,): coefficient, clipped, armed, would; NaN for what there is not."""
     none = torch.full((), math.nan, dtype=vector.dtype, device=vector.device)
     flags = (cut.coefficient, cut.clipped, cut.armed, cut.would)
     return torch.stack([none if flag is None else flag.to(vector.dtype) for flag in flags])
+
+
+def without_effect(flags: Tensor, skipped: Tensor) -> Tensor:
+    """The flags of a cut, but those of none where the step is skipped: nothing was clipped.
+
+    Example:
+        >>> without_effect(torch.tensor([0.5, 1.0, 1.0, math.nan]), torch.tensor(True))
+        tensor([nan, 0., nan, nan])
+    """
+    none, zero = flags.new_full((), math.nan), flags.new_zeros(())
+    return torch.where(skipped, torch.stack([none, zero, none, none]), flags)
 
 
 def _rate(group: dict[str, Any]) -> float | None:

@@ -26,7 +26,7 @@ class AdaptiveClipping(Rule):
             return None
         memory["told"] = memory["openings"]
         window = [step for step in record.window if step.armed is not None]
-        cut = sum(step.clipped for step in window)
+        cut = sum(bool(step.clipped) for step in window)
         heavy = cut * 2 >= len(window) > 0
         memory["heavy"] = memory.get("heavy", 0) + 1 if heavy else 0
         lives_on_it = memory["heavy"] >= self.thresholds.clipped_records
@@ -68,7 +68,7 @@ class AdaptiveClipping(Rule):
         if step.armed:
             coefficient = step.clip_coefficient if step.would_clip is None else step.would_clip
             memory["dry"] = step.would_clip is not None
-            memory["clipped"] += step.clipped or (step.would_clip is not None and step.would_clip < 1)
+            memory["clipped"] += bool(step.clipped) or (step.would_clip is not None and step.would_clip < 1)
             if coefficient is not None:
                 memory["smallest"] = min(memory["smallest"], coefficient)
 

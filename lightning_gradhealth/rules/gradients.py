@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from lightning_gradhealth.ratios import fitted_gain, median
 from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord, StepStats
@@ -219,6 +220,7 @@ class NonFinite(Rule):
     """NaN or Inf in a gradient, or in the loss: the exact step; the layers where it was not everywhere."""
 
     condition = Condition.NON_FINITE
+    running = True  # the origin may be found at a later step
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Name the first step of the window with a NaN or Inf."""
@@ -231,6 +233,43 @@ class NonFinite(Rule):
                 bad.append(step)
         if not bad:
             return None
+        account = self.memory.get("account") or self._first_account(record, bad)
+        self.memory["account"] = account
+        account["steps"] += len(bad)
+        account["skipped"] += sum(step.skipped for step in bad)
+        account["origin"] = account["origin"] or next((step.origin for step in bad if step.origin), "")
+        origin, skipped = account["origin"], account["skipped"]
+        where = account["where"]
+        if account["gradients"]:
+            where += f"; {origin}" if origin else (", origin unknown" if not account["layers"] else "")
+        if skipped:
+            where += f"; {skipped} of {account['steps']} such steps skipped"
+        return Verdict(
+            # a warning while no weight was touched
+            severity=Severity.WARNING if skipped == account["steps"] else Severity.CRITICAL,
+            summary=f"{account['what']} NaN or Inf{where}",
+            remedy=(
+                "a smaller learning rate or a warm-up, Trainer(gradient_clip_val=1.0); look for log(0), division by 0"
+                " and bad values in the batch of that step: "
+                + (
+                    "Trainer(detect_anomaly=True) names the operation"
+                    if origin or skipped
+                    else 'GradHealth(on_non_finite="skip") keeps the weights and names the module'
+                )
+            ),
+            layers=tuple(account["layers"]),
+            evidence={
+                "steps": account["steps"],
+                "skipped": skipped,
+                "layers_hit": account["layers_hit"],
+                "loss": account["loss"],
+                "origin": origin,
+            },
+            first_step=account["first"],
+        )
+
+    def _first_account(self, record: StepRecord, bad: list[StepStats]) -> dict[str, Any]:
+        """What the first such steps show; the origin may be found later, and how many were skipped is counted on."""
         first = bad[0]
         steps = sum(step.non_finite for step in bad if step.optimizer == first.optimizer)
         watched = [layer for layer in record.layers if layer.optimizer == first.optimizer]
@@ -238,34 +277,23 @@ class NonFinite(Rule):
         hit = [layer.name for layer in watched if layer.non_finite and layer.non_finite >= steps]
         everywhere = len(hit) in (0, len(watched))
         what, where = "the loss is", ""
-        origin = next((step.origin for step in bad if step.origin), "")
         if first.non_finite:
             what = "gradients are"
             where = " in every layer" if everywhere else f" in {len(hit)} of {len(watched)} layers"
-            where += f"; {origin}" if origin else (", origin unknown" if everywhere else "")
         elif first.overflow:
             what = f"the loss scaler has skipped {self.thresholds.overflow_steps} steps in a row: gradients are"
-        skipped = sum(step.skipped for step in bad)
-        saved = skipped == len(bad)  # no weight was touched
-        if skipped:
-            where += f"; {skipped} of {len(bad)} such steps skipped"
-        return Verdict(
-            severity=Severity.WARNING if saved else Severity.CRITICAL,
-            summary=f"{what} NaN or Inf{where}",
-            remedy=(
-                "a smaller learning rate or a warm-up, Trainer(gradient_clip_val=1.0); look for log(0), division by 0"
-                " and bad values in the batch of that step: Trainer(detect_anomaly=True) names the operation"
-            ),
-            layers=() if everywhere else tuple(hit),
-            evidence={
-                "steps": len(bad),
-                "skipped": skipped,
-                "layers_hit": len(hit),
-                "loss": first.loss,
-                "origin": origin,
-            },
-            first_step=self.memory["skipped"][0] if first.overflow else first.step,
-        )
+        return {
+            "what": what,
+            "where": where,
+            "gradients": first.non_finite,
+            "layers": [] if everywhere else hit,
+            "layers_hit": len(hit),
+            "loss": first.loss,
+            "first": self.memory["skipped"][0] if first.overflow else first.step,
+            "steps": 0,
+            "skipped": 0,
+            "origin": "",
+        }
 
 
 class NoGradient(Rule):

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+# one process imports what is slow to import, and the ranks are forked from it
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 GRACE = 10.0  # seconds that the others are given once a rank has failed: they may hang in a collective
 
 
@@ -28,7 +30,9 @@ def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 1
     `function` is found by its module and name; arguments and results are pickled. The default process group is
     there, and so are the environment variables by which Lightning takes the processes for its own.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(METHOD)
+    if METHOD == "forkserver":
+        context.set_forkserver_preload(["lightning.pytorch"])
     port = _free_port()
     processes, pipes = [], []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,171 @@
+"""The gate of adaptive clipping: it tells an explosion from growth, noise and convergence by the norm alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lightning_gradhealth.gradients.clipping import (
+    Clipper,
+    Cut,
+    Gradients,
+    check_clipper,
+    check_positive,
+    factor,
+    limited,
+)
+
+
+class WhenExploding(Clipper):
+    """The gate: clip only while the gradient norm explodes, and leave every bit alone otherwise. `clip="adaptive"`.
+
+    It compares the norm with a *record*: the largest level that the run has taken in its stride, a level being the
+    median of the last five norms after clipping (or of the last seven before it, if that is more: what rises and
+    stays is growth). A norm of more than
+
+    - 2 times the record is a spike: this one step is clipped, to the record;
+    - 5 times the record, or 20 times one that may climb by 3 % a step only, is an outbreak: for 500 steps all norms
+      are clipped to 1.2 times the usual one, a running geometric mean.
+
+    The record sinks back to the usual norm over `20 + t^2 / 20` steps, t being the steps so far, 20,000 at most: the
+    wild first steps are soon forgotten, and a net that has learned its data by heart may still meet a norm that was
+    usual before. Everything is a ratio, so that neither the scale of the loss nor the learning rate matters. Norms that
+    are 0, NaN or Inf change nothing. After a lasting change of level of any size norms pass again: after four
+    steps, or after a few hundred if it was an outbreak. Tails so heavy that 20 norms of 100 exceed twice the usual
+    one are clipped all the time.
+
+    The constants are measured: in 74 healthy trainings of 32 kinds (2,000 steps each) no norm was an outbreak, and
+    at most 7 were spikes; see tests/benchmarks/clipping.py.
+
+    Args:
+        clipper: What acts while the gate is open; None: clip to the record, or to the usual norm in an outbreak.
+        latch: Once an outbreak has opened it, the gate stays open.
+        dry_run: Only report what would have been clipped. What is not one factor is tried on a copy at every step.
+        warmup_norm: In the first 20 steps, when there is little history to judge by, the gate opens for norms above
+            this too, in the units of the gradient; None: history alone decides.
+
+    Raises:
+        TypeError: `clipper` is none, or a switch is no bool.
+        ValueError: `warmup_norm` is not > 0.
+
+    Example:
+        >>> from torch import nn
+        >>> clipper = WhenExploding()
+        >>> for norm in [1.0] * 30 + [1e6]:
+        ...     weight = nn.Parameter(torch.zeros(1)); weight.grad = torch.tensor([norm])
+        ...     gradients = Gradients.of(weight)
+        ...     cut = clipper.decide(gradients)
+        ...     clipper.apply(gradients, cut)
+        >>> cut.armed.item(), round(weight.grad.item(), 2)
+        (True, 1.2)
+    """
+
+    WARMUP = 20  # steps that `warmup_norm` is for
+    SPIKE = math.log(2.0)  # healthy: at most 7 of 2,000 norms above it; a sick RNN lives with up to 3 times
+    OUTBREAK = math.log(5.0)  # healthy: at most 4.2
+    FAR, CLIMB = math.log(20.0), math.log(1.03)  # healthy: at most 13; growth by 10 % a step is caught at 70 times
+    HOLD = 500  # heavy tails: the next outbreak is some 100 steps away
+    MARGIN = math.log(1.2)  # above the usual norm, so that calm steps pass in an outbreak
+    MEMORY = 20_000  # of the record: some epochs; 5,000 lets batch norm nets that know their data by heart spike
+    BETA = 0.98  # of the usual norm: 50 steps
+    WIDTH = math.log(2.0)  # by which one norm may pull at the usual one; grows with the spread, so that levels are left
+
+    def __init__(
+        self,
+        clipper: Clipper | None = None,
+        *,
+        latch: bool = False,
+        dry_run: bool = False,
+        warmup_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.clipper = None if clipper is None else check_clipper("WhenExploding: clipper", clipper)
+        for name, switch in (("latch", latch), ("dry_run", dry_run)):
+            if not isinstance(switch, bool):
+                raise TypeError(f"WhenExploding: {name} must be True or False, got {switch!r}; leave it out for False")
+        self.latch = latch
+        self.dry_run = dry_run
+        self.warmup_norm = warmup_norm
+        if warmup_norm is not None:
+            self.warmup_norm = check_positive("WhenExploding", "warmup_norm", warmup_norm, "leave it out for none")
+        self.whole = clipper is None or clipper.whole
+
+    def decide(self, gradients: Gradients) -> Cut:
+        """Judge the norm, and open or close the gate."""
+        norm = gradients.total
+        armed, usual = self._judge(norm)
+        if self.warmup_norm is not None:
+            early = (self.state["count"] <= self.WARMUP) & (norm > self.warmup_norm)
+            armed, usual = armed | early, torch.where(early, usual.clamp(max=self.warmup_norm), usual)
+        inner = None if self.clipper is None else self.clipper.decide(gradients)
+        cut = (factor(gradients, limited(norm, usual)) if inner is None else inner).where(armed)
+        if self.dry_run:
+            cut = replace(cut.where(torch.zeros_like(armed)), would=self._effect(gradients, cut))
+        return replace(cut, armed=armed)
+
+    def _effect(self, gradients: Gradients, cut: Cut) -> Tensor:
+        """The coefficient of a cut; where it tells none, by trying it on a copy."""
+        if cut.coefficient is not None:
+            return cut.coefficient
+        tried = gradients.copy()
+        self._act(tried, cut)
+        after = torch.linalg.vector_norm(tried.measure(tried.tensors))
+        return torch.where(cut.clipped, after / gradients.total, 1.0)
+
+    def _act(self, gradients: Gradients, cut: Cut) -> None:
+        if self.clipper is None:
+            super().apply(gradients, cut)
+        else:
+            self.clipper.apply(gradients, cut)
+
+    def children(self) -> Sequence[Clipper]:
+        """The clipper inside, if there is one."""
+        return () if self.clipper is None else (self.clipper,)
+
+    def apply(self, gradients: Gradients, cut: Cut) -> None:
+        """Let the clipper inside do it."""
+        if not self.dry_run:
+            self._act(gradients, cut)
+
+    def _judge(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether the gate is open, and the norm to clip to while it is."""
+        state = self.on(norm.device)
+        usable = norm.isfinite() & (norm > 0)
+        x = torch.where(usable, norm, 1.0).log()
+        if not state:
+            state.update(
+                {name: torch.zeros_like(x) for name in ("mean", "variance", "record", "slow", "count", "left")}
+            )
+            state["after"], state["before"] = x.new_zeros(5), x.new_zeros(7)
+        count = state["count"]
+        new = count == 0
+        mean, record, slow, after, before = (
+            torch.where(new, x, state[name]) for name in ("mean", "record", "slow", "after", "before")
+        )
+        sinking = (record - mean).clamp(min=0.0) / (20.0 + count.square() / 20.0).clamp(max=self.MEMORY)
+        record = torch.maximum(record - sinking, torch.maximum(after.median(), before.median()))
+        slow = torch.minimum(record, slow + self.CLIMB)
+        spike = usable & (x - record > self.SPIKE)
+        outbreak = usable & ((x - record > self.OUTBREAK) | (x - slow > self.FAR))
+        left = torch.where(outbreak, float(self.HOLD), (state["left"] - float(not self.latch)).clamp(min=0.0))
+        level = torch.where(left > 0, mean + self.MARGIN, record)
+        armed = (left > 0) | spike
+        edge = torch.maximum(3.0 * state["variance"].sqrt(), torch.full_like(x, self.WIDTH))
+        step = torch.minimum(torch.maximum(x - mean, -edge), edge)
+        rate = (1.0 / (count + 1.0)).clamp(min=1.0 - self.BETA)
+        moved = {
+            "mean": mean + rate * step,
+            "variance": (1.0 - rate) * (state["variance"] + rate * step.square()),
+            "record": record,
+            "slow": slow,
+            "count": count + 1.0,
+            "left": left,
+            "after": torch.cat([after.narrow(0, 1, 4), torch.where(armed, torch.minimum(x, level), x).reshape(1)]),
+            "before": torch.cat([before.narrow(0, 1, 6), x.reshape(1)]),
+        }
+        state.update({name: torch.where(usable, value, state[name]) for name, value in moved.items()})
+        return armed, level.exp()

@@ -1,0 +1,95 @@
+"""What clippers are worth: two trainings that explode, under every clipper, and twenty calm ones under "adaptive".
+
+Run it by hand: `python tests/benchmarks/clipping.py` (about half an hour on one core; `--jobs 2` halves it;
+`--quick` takes one seed). Nothing here is asserted; the gate was tuned on seeds 0 to 4, and seeds 5 to 9 held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scenarios import CALM_NETS, Outcome, calm, character_rnn, deep_mlp
+
+import lightning_gradhealth as gh
+
+Make = Callable[[], gh.Clipper | str | None]
+
+CLIPPERS: dict[str, Make] = {
+    "none": lambda: None,
+    **{f"NormClip({limit:g})": partial(gh.NormClip, limit) for limit in (0.1, 1.0, 10.0, 100.0)},
+    "ValueClip(0.1)": lambda: gh.ValueClip(0.1),
+    "SignClip(1e-3)": lambda: gh.SignClip(1e-3),
+    "PercentileClip()": gh.PercentileClip,
+    "ZScoreClip()": gh.ZScoreClip,
+    "UnitwiseClip()": gh.UnitwiseClip,
+    "LayerwiseClip()": gh.LayerwiseClip,
+    "Chain(Unitwise, Norm 1)": lambda: gh.Chain([gh.UnitwiseClip(), gh.NormClip(1.0)]),
+    "adaptive": lambda: "adaptive",
+}
+SCENARIOS: dict[str, Callable[..., Outcome]] = {
+    "1: character RNN, loss": character_rnn,
+    "1 with loss x 100, rate / 100": partial(character_rnn, scale=100.0),
+    "2: deep MLP, heavy tails, clean MSE": deep_mlp,
+}
+
+
+def explode(scenario: str, clipper: str, seed: int) -> Outcome:
+    torch.set_num_threads(1)
+    return SCENARIOS[scenario](CLIPPERS[clipper](), seed)
+
+
+def stay_calm(net: str, seed: int) -> tuple[Outcome, bool]:
+    """The run with "adaptive", and whether its weights are bit for bit those of the run without."""
+    torch.set_num_threads(1)
+    with_gate, without = calm(net, "adaptive", seed), calm(net, None, seed)
+    return with_gate, all(map(torch.equal, with_gate.weights, without.weights))
+
+
+def _figure(scores: Sequence[float]) -> tuple[str, ...]:
+    mean = statistics.fmean(scores)
+    return (f"{mean:.4g}" if math.isfinite(mean) else "NaN", *(f"{score:.4g}" for score in scores))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="one seed, and 500 steps of nothing held out")
+    parser.add_argument("--only", nargs="*", choices=list(CLIPPERS), default=list(CLIPPERS), help="these clippers")
+    parser.add_argument("--skip-calm", action="store_true")
+    options = parser.parse_args()
+    console = Console(width=140)
+    groups = {"seeds 0-4": range(1)} if options.quick else {"seeds 0-4": range(5), "held out, 5-9": range(5, 10)}
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        for scenario in SCENARIOS:
+            for group, seeds in groups.items():
+                table = Table(title=f"{scenario}; {group}", title_justify="left")
+                for title in ("clipper", "mean", *(f"seed {seed}" for seed in seeds), "steps clipped"):
+                    table.add_column(title, justify="left" if title == "clipper" else "right")
+                tasks = [(scenario, clipper, seed) for clipper in options.only for seed in seeds]
+                outcomes = pool.starmap(explode, tasks, chunksize=1)
+                for number, clipper in enumerate(options.only):
+                    mine = outcomes[number * len(seeds) : (number + 1) * len(seeds)]
+                    share = statistics.fmean(outcome.clipped / outcome.steps for outcome in mine)
+                    table.add_row(clipper, *_figure([outcome.score for outcome in mine]), f"{share:.1%}")
+                console.print(table)
+        if not options.skip_calm:
+            runs = [(net, seed) for net in CALM_NETS for seed in range(1 if options.quick else 4)]
+            table = Table(title='calm runs under "adaptive", 2,000 steps each', title_justify="left")
+            for title in ("net", "seed", "steps clipped", "share", "weights as without clipping"):
+                table.add_column(title)
+            for (net, seed), (outcome, same) in zip(runs, pool.starmap(stay_calm, runs, chunksize=1), strict=True):
+                share = f"{outcome.clipped / outcome.steps:.2%}"
+                table.add_row(net, str(seed), str(outcome.clipped), share, "bit for bit" if same else "no")
+            console.print(table)
+
+
+if __name__ == "__main__":
+    main()
