@@ -13,4 +13,12 @@ class GradHealthError(RuntimeError):
 
 
 class NonFiniteGradientError(GradHealthError):
-    """A gradient is NaN or Inf, and `on_non_finite` says that this ends the run."""
+    """A gradient is NaN or Inf, and `on_non_finite` says that this ends the run.
+
+    Example:
+        >>> try:
+        ...     raise NonFiniteGradientError("gradients are NaN or Inf at step 7")
+        ... except GradHealthError as error:
+        ...     print(error)
+        gradients are NaN or Inf at step 7
+    """

@@ -11,7 +11,6 @@ import torch
 from conftest import mlp
 from torch import nn
 from torch.amp import GradScaler
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_gradhealth import GradientMonitor, HealthSession, NormClip
 
@@ -265,26 +264,6 @@ def test_a_true_inf_in_the_middle_of_a_window_is_dated() -> None:
     session.flush()
     (finding,) = session.report().findings
     assert (finding.condition, finding.first_step, finding.layers) == ("non_finite", 7, ("2",))
-
-
-def test_sharded_parameters_are_refused_by_name() -> None:
-    model = mlp()
-    model[2].weight._fsdp_flattened = True
-    backward(model)
-    with pytest.raises(RuntimeError, match=r"'2.weight' is a shard of the whole.*use DDP"):
-        GradientMonitor(model).observe(torch.optim.SGD(model.parameters(), lr=0.1))
-
-
-def test_dtensors_are_refused_by_name() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        model = nn.Linear(4, 2)
-        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(RuntimeError, match=r"'weight' is a shard of the whole"):
-            GradientMonitor(model).observe(torch.optim.SGD(model.parameters(), lr=0.1))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_state_makes_the_round_trip() -> None:

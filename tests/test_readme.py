@@ -33,7 +33,7 @@ def test_every_python_block_runs(
         "gh": gh,
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert "True" in capsys.readouterr().out

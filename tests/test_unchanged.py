@@ -67,13 +67,13 @@ def noisy_net() -> nn.Module:
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dropout and batch norm": (lambda: Recorded(noisy_net(), torch.optim.AdamW, lr=1e-3), {}),
-    "momentum": (lambda: Recorded(noisy_net(), lr=0.05, momentum=0.9), {}),
+    "momentum": (lambda: Recorded(noisy_net(), lr=0.002, momentum=0.9), {}),
     "accumulation": (lambda: Recorded(noisy_net()), {"accumulate_grad_batches": 3}),
     "two optimizers": (TwoOptimizers, {}),
     "bf16-mixed": (lambda: Recorded(noisy_net()), {"precision": "bf16-mixed"}),
     "bf16-true": (lambda: Recorded(noisy_net()), {"precision": "bf16-true"}),
     "fused": (lambda: Recorded(noisy_net(), torch.optim.AdamW, lr=1e-3, fused=True), {}),
-    "fused momentum": (lambda: Recorded(noisy_net(), lr=0.05, momentum=0.9, fused=True), {}),
+    "fused momentum": (lambda: Recorded(noisy_net(), lr=0.002, momentum=0.9, fused=True), {}),
     "fused in bf16-mixed": (
         lambda: Recorded(noisy_net(), torch.optim.Adam, lr=1e-3, fused=True),
         {"precision": "bf16-mixed"},

@@ -340,8 +340,18 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
 
 def run(kind: str, fit: Fit, folder: Path | None = None) -> Answer:
     """Run one fit, and return what this rank has seen of it."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning_gradhealth"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning_gradhealth")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        return _run(kind, fit, folder)
+    finally:  # one process is the tests' own
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _run(kind: str, fit: Fit, folder: Path | None) -> Answer:
     module, strategy, devices = make(kind, fit)
     watch = Watch(fit, folder)
     health = [] if fit.health is None else [GradHealth(**{"probe_every_n_steps": PROBES, **fit.health})]
