@@ -164,7 +164,14 @@ class GradHealth(Callback):
                 )
             self._step_aside("gradients are unavailable under DeepSpeed, which keeps them to itself")
             return
-        self._session = HealthSession(
+        self._session = self._watch(trainer, pl_module)
+        if not self._load():  # it may be half loaded: start afresh, but do watch, and do what was asked for
+            self._session.close()
+            self._session = self._watch(trainer, pl_module)
+        self._remember(trainer, pl_module, batch, batch_idx)
+
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> HealthSession:
+        session = HealthSession(
             _lightning.outermost(trainer, pl_module),
             clip=self.clip,
             on_non_finite=self.on_non_finite,
@@ -178,11 +185,9 @@ class GradHealth(Callback):
             remember_calls=False,  # whole batches are remembered here
         )
         for optimizer in trainer.optimizers:
-            self._session.monitor.index_of(optimizer)
-        self._session.notes += _lightning.other_clipping(trainer, pl_module)
-        self._load()
-
-        self._remember(trainer, pl_module, batch, batch_idx)
+            session.monitor.index_of(optimizer)
+        session.notes += _lightning.other_clipping(trainer, pl_module)
+        return session
 
     def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what it takes to run this batch again, if a NaN is to be traced to its origin."""
@@ -211,6 +216,7 @@ class GradHealth(Callback):
         loss = _lightning.loss_of(trainer, outputs, self.loss_key)
         if loss is not None:
             self._session.add_loss(loss)
+        self._session.response.forget()
         step = _lightning.logged_step(trainer)
         if self._session.observed(step) and _lightning.due(trainer, step, DEFAULT_CADENCE):
             try:
@@ -218,6 +224,7 @@ class GradHealth(Callback):
             except GradHealthError:  # too many skipped steps: the loggers get the last record nevertheless
                 self._log(trainer, self._session.conclude())
                 raise
+            self._stop(trainer, self._session.response.stop)
             if self.stop_on:  # losses differ from rank to rank, and so may findings
                 found = self._session.should_stop
                 elsewhere = _lightning.anywhere(trainer, bool(found))
@@ -312,11 +319,20 @@ class GradHealth(Callback):
         self._state = state_dict
         self._load()
 
-    @_never_fatal
-    def _load(self) -> None:
+    def _load(self) -> bool:
+        """Take up the state of a checkpoint; False where it does not fit, which is told."""
         if self._session is not None and self._state:
-            self._session.load_state_dict(self._state)
-            self._sink.layers = self._state["logged_layers"]
+            try:
+                self._session.load_state_dict(self._state)
+                self._sink.layers = self._state["logged_layers"]
+            except Exception as error:
+                log.warning(
+                    "gradhealth: the checkpoint's state does not fit (%s: %s): GradHealth starts afresh",
+                    type(error).__name__,
+                    error,
+                )
+                return False
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process, and the log methods that the Trainer puts on callbacks."""

@@ -151,6 +151,7 @@ class StepStats(Record):
             is not one factor.
         clipped: The session's clipping changed the gradients; None where nothing clips.
         armed: The clipping's gate is open; None where there is no gate.
+        acted: What the gate let through changed, or in a dry run would have changed, the gradients.
         would_clip: The coefficient of a dry run: what would have been done.
         applied_norm: L2 norm of what the optimizer was given, after all clipping, the Trainer's too (probed steps).
         learning_rate: The largest rate of the optimizer's groups (None where it lives on the device).
@@ -172,6 +173,7 @@ class StepStats(Record):
     clip_coefficient: float | None = None
     clipped: bool | None = None
     armed: bool | None = None
+    acted: bool | None = None
     would_clip: float | None = None
     applied_norm: float | None = None
 

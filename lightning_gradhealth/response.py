@@ -10,11 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.utils._pytree import tree_map
 
-from lightning_gradhealth.errors import NonFiniteGradientError
+from lightning_gradhealth.errors import GradHealthError, NonFiniteGradientError
 from lightning_gradhealth.gradients import Decision
-from lightning_gradhealth.gradients.monitor import without_effect
+from lightning_gradhealth.gradients.flags import without_effect
 from lightning_gradhealth.gradients.rows import Row
 from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import unwrap
@@ -54,7 +55,7 @@ class Response:
 
     A skipped step leaves parameters, moments, weight decay and step count of the optimizer untouched. Fused
     optimizers take the device's own flag; with others, and to raise or stop, one flag a step is read. Under a loss
-    scaler, which skips by itself, nothing is done.
+    scaler, which skips by itself, nothing is done, but after `limit` such steps in a row "raise" and "stop" act.
 
     Args:
         model: The model; under DDP or FSDP, the wrapper.
@@ -107,6 +108,11 @@ class Response:
             hook = nn.Module.register_forward_pre_hook(inner, _Remembers(self), with_kwargs=True)
             self._hooks["calls"] = hook
 
+    def forget(self) -> None:
+        """Let go of the forward passes of a step that is done."""
+        if self._stepped:
+            self._forwards.clear()
+
     def _find_origin(self, sharded: bool) -> str:
         """Run the forwards of this step again, on every rank, and say in words where it began.
 
@@ -146,6 +152,11 @@ class Response:
 
     def judge(self, decision: Decision) -> None:
         """Mark a decision as one to skip, on the device."""
+        if self.mode == "skip" and isinstance(decision.optimizer, LBFGS):
+            raise GradHealthError(
+                'on_non_finite="skip" cannot be kept with LBFGS, which moves the weights between its gradients; use'
+                ' "raise" or "stop"'
+            )
         if self.mode != "warn" and not decision.row.scaled and len(decision.norms):
             decision.skip = ~decision.total_norm.isfinite()
             if decision.row.cut is not None:
@@ -229,6 +240,8 @@ class Response:
             NonFiniteGradientError: Too many steps were skipped in a row.
         """
         for row, step in steps:
+            if row.scaled and self.mode in ("raise", "stop"):
+                self._review_scaled(row, bad=step.overflow or step.non_finite)
             if not isinstance(row.skip, Tensor):
                 continue
             if not step.skipped:
@@ -237,6 +250,17 @@ class Response:
             if row.optimizer not in self._searched:
                 self._search = SEARCHED_STEPS
             self._count(row.optimizer, row.step)
+
+    def _review_scaled(self, row: Row, *, bad: bool) -> None:
+        """Under a loss scaler single overflows are everyday business; a run of them is not."""
+        self._in_a_row[row.optimizer] = self._in_a_row.get(row.optimizer, 0) + 1 if bad else 0
+        if self._in_a_row[row.optimizer] >= self.limit:
+            what = (
+                f"the loss scaler has skipped {self.limit} steps in a row for NaN or Inf, the last at step {row.step}"
+            )
+            if self.mode == "raise":
+                raise NonFiniteGradientError(f"{what}. Remedy: {_REMEDY}")
+            self.stop = f"{what}. Remedy: {_REMEDY}"
 
     def close(self) -> None:
         """Remove every hook and flag; calling it twice does no harm."""
@@ -269,8 +293,9 @@ class _Remembers:
         return {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._response is None or not module.training:
+        if self._response is None or not module.training or not torch.is_grad_enabled():
             return
+        args, kwargs = tree_map(_without_graph, (args, kwargs))
         kind = next((parameter.device.type for parameter in module.parameters()), "cpu")
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
@@ -279,6 +304,13 @@ class _Remembers:
                 return module(*args, **kwargs)
 
         self._response.remember(rerun)
+
+
+def _without_graph(value: Any) -> Any:
+    """An argument that another network has computed, without what it takes to go back into that."""
+    if isinstance(value, Tensor) and value.grad_fn is not None:
+        return value.detach().requires_grad_()
+    return value
 
 
 def _starts_momentum(optimizer: Optimizer) -> bool:

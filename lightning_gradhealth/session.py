@@ -195,6 +195,7 @@ class HealthSession:
         self.notes: list[str] = []
         self._latest = self.judgement  # or its copy that has seen a window that is not over yet
         self._told: set[tuple[str, str]] = set()
+        self._resumed_at = -1
 
     # --- every step ---
 
@@ -267,7 +268,8 @@ class HealthSession:
     @property
     def should_stop(self) -> str:
         """Why the training should end (`on_non_finite="stop"`, `stop_on`); empty while it should not."""
-        found = [f for f in self.judgement.findings.values() if f.condition in self.stop_on]
+        seen = self.judgement.findings.values()
+        found = [f for f in seen if f.condition in self.stop_on and f.last_step > self._resumed_at]
         grave = (str(finding) for finding in found if finding.severity is not Severity.INFO)
         return self.response.stop or next(grave, "")
 
@@ -368,6 +370,7 @@ class HealthSession:
         self.monitor.load_state_dict(state["monitor"])
         self.judgement.load_state_dict(state["judgement"])
         self.response.load_state_dict(state["response"])
+        self._resumed_at = self.judgement.step
         self._losses = state["losses"]
         self._told = {(f.condition, f.severity) for f in self.judgement.findings.values()}
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor; where nobody has imported that class, nobody has made one."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -405,15 +406,23 @@ def test_manual_optimization_skips_and_claims_nothing(fused: bool) -> None:
     assert finding.severity is Severity.WARNING
 
 
-def test_lbfgs_skips() -> None:
-    health = GradHealth(on_non_finite="skip")
-    around, model = Around(3), Classifier(fragile(), torch.optim.LBFGS, lr=0.1, max_iter=3)
-    fit(model, data(8, bad=[3]), health, around)
-    before, after = around.seen
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(before, after, strict=True))
-    assert all(p.isfinite().all() for p in model.parameters())
-    assert health.report().skipped_steps == 1
-    assert health.report().findings[0].evidence["origin"] == ORIGIN
+def test_lbfgs_is_refused_a_skip_that_it_cannot_keep() -> None:
+    model = Classifier(fragile(), torch.optim.LBFGS, lr=0.1, max_iter=3)
+    with pytest.raises(GradHealthError, match='"skip" cannot be kept with LBFGS.*use "raise" or "stop"'):
+        fit(model, data(8), GradHealth(on_non_finite="skip"))
+    with pytest.raises(NonFiniteGradientError, match="at step 3"):
+        fit(model, data(8, bad=[3]), GradHealth(on_non_finite="raise"))
+
+
+@pytest.mark.parametrize("mode", ["raise", "stop"])
+def test_a_loss_scaler_that_skips_for_ever_ends_the_run(mode: Any) -> None:
+    health = GradHealth(on_non_finite=mode)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    run = trainer(health, max_epochs=1, log_every_n_steps=10, plugins=[plugin])
+    nan_from_10 = DataLoader(data(60, bad=range(10, 60)), batch_size=None)
+    with pytest.raises(NonFiniteGradientError, match="25 steps in a row") if mode == "raise" else nullcontext():
+        run.fit(make("Adam"), nan_from_10)
+    assert run.global_step < 60
 
 
 class Busy(Classifier):

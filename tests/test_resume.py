@@ -11,8 +11,9 @@ import torch
 from conftest import Classifier, batches, mlp, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_gradhealth import GradHealth, HealthSession, Rule, StepRecord, Verdict
+from lightning_gradhealth import GradHealth, HealthSession, NormClip, Rule, StepRecord, Verdict
 
 
 class CountsRecords(Rule):
@@ -91,16 +92,39 @@ def test_the_state_is_primitives_and_tensors(tmp_path: Path) -> None:
     assert same(torch.load(tmp_path / "state.pt", weights_only=True), state)
 
 
-def test_a_state_that_does_not_fit_steps_aside(caplog: pytest.LogCaptureFixture) -> None:
-    health = GradHealth()
+def test_a_state_that_does_not_fit_is_told_and_left(caplog: pytest.LogCaptureFixture) -> None:
+    health = GradHealth(clip=NormClip(1e-3))
     run = trainer(health, max_steps=12)
     health.setup(run, Classifier(), "fit")
     health.load_state_dict({"from": "another version"})
     health.setup = lambda *_, **__: None  # type: ignore[method-assign]
     run.fit(Classifier(), batches())
     assert run.global_step == 12
-    assert health.report().aside
-    assert sum("steps aside" in record.message for record in caplog.records) == 1
+    report = health.report()
+    assert (report.aside, report.steps, report.clipped_steps) == ("", 12, 12)  # it does what was asked for
+    assert sum("does not fit" in record.message for record in caplog.records) == 1
+
+
+def test_stop_on_does_not_stop_again_for_what_was_before_the_checkpoint(tmp_path: Path) -> None:
+    def data(bad: int | None) -> DataLoader:
+        pairs = enumerate(batches(samples=240))
+        return DataLoader([[x * (float("nan") if i == bad else 1.0), y] for i, (x, y) in pairs], batch_size=None)
+
+    options = {"log_every_n_steps": 4, "max_epochs": 1}
+    first = GradHealth(on_non_finite="skip", stop_on="non_finite")
+    run = trainer(first, **options)
+    run.fit(model := Classifier(), data(bad=2))
+    assert run.global_step == 4
+    run.save_checkpoint(tmp_path / "stopped.ckpt")
+    second = GradHealth(on_non_finite="skip", stop_on="non_finite")
+    run = trainer(second, **{**options, "max_epochs": 3})
+    run.fit(model, data(bad=None), ckpt_path=tmp_path / "stopped.ckpt")
+    assert run.global_step > 30
+    assert "non_finite" in second.report().conditions
+    third = GradHealth(on_non_finite="skip", stop_on="non_finite")
+    run = trainer(third, **{**options, "max_epochs": 3})
+    run.fit(model, data(bad=20), ckpt_path=tmp_path / "stopped.ckpt")
+    assert run.global_step < 30
 
 
 def test_session_state_in_a_plain_loop() -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from lightning_gradhealth import Condition, Finding, LayerStats, Rule, Severity, StepRecord, StepStats, Thresholds
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.rules import Verdict, default_rules
+from lightning_gradhealth.rules.clipping import AdaptiveClipping
+from lightning_gradhealth.rules.gradients import ExplodingInTime
 
 THRESHOLDS = Thresholds()
 
@@ -483,3 +486,77 @@ def test_wrong_thresholds() -> None:
         ValueError, match=r"Thresholds: time_ratio must be a number > 0, got -1; leave it out for 1000.0"
     ):
         Thresholds(time_ratio=-1)
+
+
+# --- clipping ------------------------------------------------------------------------------------------------
+
+
+def gated(step: int, norm: float, *, armed: bool = False, factor: float = 1.0, **more: Any) -> StepStats:
+    more = {"clip_coefficient": factor, "clipped": factor < 1, "acted": factor < 1, **more}
+    return StepStats(step=step, total_norm=norm, armed=armed, **more)
+
+
+def test_an_explosion_that_clipping_has_brought_down_is_none() -> None:
+    def found(**clipping: Any) -> Finding | None:
+        rule = ExplodingInTime()
+        calm = tuple(gated(step, 1.0) for step in range(20))
+        assert rule.judge(StepRecord(step=19, window=calm)) is None
+        return rule.judge(StepRecord(step=20, window=(gated(20, 1e6, armed=True, **clipping),)))
+
+    assert found(factor=1e-6) is None
+    assert found(factor=1.0, clip_coefficient=None, clipped=True) is None  # by no single factor
+    dry = found(factor=1.0, would_clip=1e-6, acted=True)
+    assert dry is not None
+    assert dry.severity is Severity.CRITICAL
+
+
+def test_the_gate_is_told_while_open_and_once_more_when_it_closes() -> None:
+    rule = AdaptiveClipping()
+    assert rule.judge(StepRecord(step=9, window=tuple(gated(s, 1.0) for s in range(10)))) is None
+    window = (gated(10, 1.0), gated(11, 50.0, armed=True, factor=0.02), gated(12, 1.0, armed=True))
+    opened = rule.judge(StepRecord(step=12, window=window))
+    assert opened is not None
+    assert (opened.severity, opened.first_step) == (Severity.INFO, 11)
+    assert opened.summary == (
+        "the gate opened at step 11, at a gradient norm of 50; 1 step was clipped, the most by a factor of 0.02;"
+        " it is open"
+    )
+    closed = rule.judge(StepRecord(step=14, window=(gated(13, 1.0, armed=True), gated(14, 1.0))))
+    assert closed is not None
+    assert closed.summary.endswith("it closed at step 14")
+    assert rule.judge(StepRecord(step=15, window=(gated(15, 1.0),))) is None
+    again = rule.judge(StepRecord(step=16, window=(gated(16, 9.0, armed=True, factor=0.2),)))
+    assert again is not None
+    assert "(2 times since step 11); 2 steps were clipped" in again.summary
+
+
+@pytest.mark.parametrize("every", [1, 5, 50])
+def test_a_run_that_lives_on_clipping_is_a_warning_however_often_one_logs(every: int) -> None:
+    def worst(share: int, steps: int) -> Severity | None:
+        rule, grave = AdaptiveClipping(), None
+        for start in range(0, steps, every):
+            window = tuple(
+                gated(s, 9.0, armed=True, factor=0.1 if s % share == 0 else 1.0) for s in range(start, start + every)
+            )
+            finding = rule.judge(StepRecord(step=start + every - 1, window=window))
+            grave = finding.severity if finding else grave
+        return grave
+
+    assert worst(share=2, steps=200) is Severity.WARNING
+    assert worst(share=3, steps=200) is Severity.INFO
+    assert worst(share=1, steps=50) is Severity.INFO  # too short a time to say so
+
+
+def test_what_others_in_a_chain_clip_is_not_the_gates_doing() -> None:
+    rule = AdaptiveClipping()
+    steps = [gated(s, 1.0, factor=0.1, acted=False, armed=s == 5) for s in range(200)]
+    finding = rule.judge(StepRecord(step=199, window=tuple(steps)))
+    assert finding is not None
+    assert (finding.severity, finding.evidence["clipped_steps"]) == (Severity.INFO, 0)
+
+
+def test_a_gate_from_a_checkpoint_is_closed_where_the_run_has_none() -> None:
+    rule = AdaptiveClipping()
+    assert rule.judge(StepRecord(step=5, window=(gated(5, 9.0, armed=True, factor=0.1),)))
+    for step in range(6, 9):
+        assert rule.judge(StepRecord(step=step, window=(StepStats(step=step, total_norm=1.0),))) is None

@@ -118,6 +118,8 @@ RESPONSES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("response", RESPONSES)
 @pytest.mark.parametrize("case", CASES)
 def test_bit_for_bit(case: str, response: str) -> None:
+    if (case, response) == ("LBFGS", "ready to skip"):
+        pytest.skip("refused, see test_non_finite.py")
     health = GradHealth(**RESPONSES[response])
     weights, losses, random_state = bare(case)
     weights_seen, losses_seen, random_state_seen = run(case, health)

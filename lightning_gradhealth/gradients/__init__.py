@@ -3,8 +3,9 @@
 from lightning_gradhealth.gradients.adaptive import LayerwiseClip, PercentileClip, ZScoreClip
 from lightning_gradhealth.gradients.clippers import Chain, NormClip, SignClip, UnitwiseClip, ValueClip
 from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients
+from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.gate import WhenExploding
-from lightning_gradhealth.gradients.monitor import Clip, Decision, GradientMonitor, check_clip
+from lightning_gradhealth.gradients.monitor import GradientMonitor
 from lightning_gradhealth.gradients.norms import norms, read_once
 from lightning_gradhealth.gradients.weights import WeightProbe
 

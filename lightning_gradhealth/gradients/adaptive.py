@@ -47,7 +47,6 @@ class PercentileClip(Clipper):
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 1_000) -> None:
-        super().__init__()
         self.percentile = check_positive("PercentileClip", "percentile", percentile, "10 is the paper's")
         if percentile > 100:
             raise ValueError(f"PercentileClip: percentile must be <= 100, got {percentile}; 10 is the paper's")
@@ -109,7 +108,6 @@ class ZScoreClip(Clipper):
         clip_factor: float = 1.0,
         warmup_cap: float = 10.0,
     ) -> None:
-        super().__init__()
         name = "ZScoreClip"
         self.z_threshold = check_positive(name, "z_threshold", z_threshold, "2.5 is the paper's")
         self.alpha = check_positive(name, "alpha", alpha, ".97 is the paper's", below=1.0)
@@ -173,7 +171,6 @@ class LayerwiseClip(Clipper):
     """
 
     def __init__(self, relative: float = 1.05, beta: float = 0.98, warmup: int = 100, warmup_norm: float = 1.0) -> None:
-        super().__init__()
         name = "LayerwiseClip"
         self.relative = check_positive(name, "relative", relative, "1.05 is the paper's")
         self.beta = check_positive(name, "beta", beta, ".98 is the paper's", below=1.0)

@@ -48,7 +48,6 @@ class NormClip(Clipper):
     """
 
     def __init__(self, max_norm: float) -> None:
-        super().__init__()
         self.max_norm = check_positive("NormClip", "max_norm", max_norm, "1.0 is usual")
 
     def decide(self, gradients: Gradients) -> Cut:
@@ -78,7 +77,6 @@ class ValueClip(Clipper):
     whole = False
 
     def __init__(self, limit: float) -> None:
-        super().__init__()
         self.limit = check_positive("ValueClip", "limit", limit, "0.5 is usual")
 
     def decide(self, gradients: Gradients) -> Cut:
@@ -130,7 +128,6 @@ class SignClip(Clipper):
     whole = False
 
     def __init__(self, scale: float = 1.0) -> None:
-        super().__init__()
         self.scale = check_positive("SignClip", "scale", scale, "leave it out for 1.0")
 
     def decide(self, gradients: Gradients) -> Cut:
@@ -174,7 +171,6 @@ class UnitwiseClip(Clipper):
     whole = False
 
     def __init__(self, clipping: float = 0.01, eps: float = 1e-3, exclude: Exclude = ()) -> None:
-        super().__init__()
         self.clipping = check_positive("UnitwiseClip", "clipping", clipping, "0.01 is the paper's")
         self.eps = check_positive("UnitwiseClip", "eps", eps, "1e-3 is the paper's")
         self.exclude = [exclude] if isinstance(exclude, (str, type)) or not isinstance(exclude, Sequence) else exclude
@@ -264,7 +260,6 @@ class Chain(Clipper):
     """
 
     def __init__(self, clippers: Sequence[Clipper]) -> None:
-        super().__init__()
         if isinstance(clippers, (str, Clipper)) or not isinstance(clippers, Sequence):
             raise TypeError(
                 f"Chain: clippers must be a list of clippers, got {clippers!r}; e.g. Chain([NormClip(1.0)])"
@@ -295,6 +290,7 @@ class Chain(Clipper):
             gradients = replace(gradients, norms=gradients.measure(gradients.tensors))
         factors = [cut.coefficient for cut in cuts if cut.coefficient is not None]
         armed = [cut.armed for cut in cuts if cut.armed is not None]
+        acted = [cut.acted for cut in cuts if cut.acted is not None]
         would = [cut.would for cut in cuts if cut.would is not None]
         return Cut(
             parts=[math.prod((cut.parts[0] for cut in cuts[1:]), start=cuts[0].parts[0])] if self.whole else [],
@@ -303,6 +299,7 @@ class Chain(Clipper):
             inner=cuts,
             armed=torch.stack(armed).any() if armed else None,
             would=torch.stack(would).prod() if would else None,
+            acted=torch.stack(acted).any() if acted else None,
         )
 
     def apply(self, gradients: Gradients, cut: Cut) -> None:

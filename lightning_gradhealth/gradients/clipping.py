@@ -108,6 +108,7 @@ class Cut:
         inner: The cuts of the clippers inside.
         armed: Whether the gate is open, shape (), bool; None where there is no gate.
         would: The coefficient of a dry run, shape (): what would have been done; None where it is none.
+        acted: Whether what the gate let through changes, or in a dry run would change, anything, shape (), bool.
 
     Example:
         >>> Cut([torch.tensor(0.5)], torch.tensor(True)).where(torch.tensor(False)).parts
@@ -121,6 +122,7 @@ class Cut:
     inner: Sequence[Cut] = ()
     armed: Tensor | None = None
     would: Tensor | None = None
+    acted: Tensor | None = None
 
     def where(self, flag: Tensor) -> Cut:
         """The same cut where `flag` is set, and nothing at all where it is not."""
@@ -154,8 +156,13 @@ class Clipper:
 
     whole = True
 
-    def __init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
+    state: dict[str, Tensor]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Give it its state, whether or not a subclass calls `super().__init__`."""
+        clipper = super().__new__(cls)
+        clipper.state = {}
+        return clipper
 
     def decide(self, gradients: Gradients) -> Cut:
         """Take in the norms of a step and say what is to be done; reads nothing on the host."""
@@ -253,7 +260,7 @@ def _scale(tensors: Sequence[Tensor | None], value: Tensor) -> None:
         if tensor is not None:
             batches.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for (_, dtype), batch in batches.items():
-        if dtype.itemsize >= 4:
+        if dtype is not torch.float16:  # whose range a small factor would leave
             torch._foreach_mul_(batch, _like(value, batch[0]))
             continue
         for tensor in batch:

@@ -26,8 +26,8 @@ class WhenExploding(Clipper):
     It compares the norm with a *record*: the greatest level that the run has taken in its stride. A level is what four
     norms in a row have reached: growth stays, the spikes of an explosion come back. A norm of more than
 
-    - 2.5 times the record is a spike: this one step is clipped, to the record; where about five came in the last 64
-      steps, 1.25 times is enough;
+    - 2.5 times the record is a spike: this one step is clipped, to the record. After a spike that came straight back
+      below the record 1.25 times is enough, for 7 steps, and for longer if there were more of them;
     - 6 times the record, or 30 times one that climbs by 3 % a step at most, is an outbreak (after the first 20 steps):
       for 500 steps all norms are clipped to 1.2 times the usual one, a running geometric mean.
 
@@ -68,11 +68,7 @@ class WhenExploding(Clipper):
 
     WARMUP = 20  # steps without outbreaks: heads and adapters that start at zero grow by orders of magnitude
     SPIKE = math.log(2.5)  # healthy: at most 10 of 2,000 norms beyond it, most of them while the norm grows early on
-    SUSPECT, AGAIN, RECENT = (
-        5.0,
-        math.log(1.25),
-        64,
-    )  # healthy: never five in so short a time, but while learning sets in
+    SUSPECT, AGAIN, RECENT = 0.9, math.log(1.25), 64.0  # healthy: norms that leap while learning sets in stay up
     OUTBREAK = math.log(6.0)  # healthy: at most 4.9
     FAR, CLIMB = math.log(30.0), math.log(1.03)  # healthy: at most 19; growth by 10 % a step is caught at 150 times
     HOLD = 500  # heavy tails: the next outbreak is some 100 steps away
@@ -89,7 +85,6 @@ class WhenExploding(Clipper):
         dry_run: bool = False,
         warmup_norm: float | None = None,
     ) -> None:
-        super().__init__()
         self.clipper = None if clipper is None else check_clipper("WhenExploding: clipper", clipper)
         for name, switch in (("latch", latch), ("dry_run", dry_run)):
             if not isinstance(switch, bool):
@@ -110,9 +105,10 @@ class WhenExploding(Clipper):
             armed, usual = armed | early, torch.where(early, usual.clamp(max=self.warmup_norm), usual)
         inner = None if self.clipper is None else self.clipper.decide(gradients)
         cut = (factor(gradients, limited(norm, usual)) if inner is None else inner).where(armed)
+        acted = cut.clipped
         if self.dry_run:
             cut = replace(cut.where(torch.zeros_like(armed)), would=self._effect(gradients, cut))
-        return replace(cut, armed=armed)
+        return replace(cut, armed=armed, acted=acted)
 
     def _effect(self, gradients: Gradients, cut: Cut) -> Tensor:
         """The coefficient of a cut; where it tells none, by trying it on a copy."""
@@ -147,7 +143,7 @@ class WhenExploding(Clipper):
             state.update(
                 {
                     name: torch.zeros_like(x)
-                    for name in ("mean", "variance", "record", "slow", "count", "left", "spikes")
+                    for name in ("mean", "variance", "record", "slow", "count", "left", "leapt", "fell")
                 }
             )
             state["last"] = x.new_zeros(4)
@@ -157,8 +153,8 @@ class WhenExploding(Clipper):
         sinking = (record - mean).clamp(min=0.0) / (20.0 + count.square() / 20.0).clamp(max=self.MEMORY)
         record = torch.maximum(record - sinking, last.min())
         slow = torch.minimum(record, slow + self.CLIMB)
-        spikes = state["spikes"] * (1.0 - 1.0 / self.RECENT)
-        spike = usable & (x - record > torch.where(spikes >= self.SUSPECT, self.AGAIN, self.SPIKE))
+        fell = state["fell"] * (1.0 - 1.0 / self.RECENT) + state["leapt"] * (x < record)
+        spike = usable & (x - record > torch.where(fell >= self.SUSPECT, self.AGAIN, self.SPIKE))
         outbreak = usable & (count >= self.WARMUP) & ((x - record > self.OUTBREAK) | (x - slow > self.FAR))
         left = torch.where(outbreak, float(self.HOLD), (state["left"] - float(not self.latch)).clamp(min=0.0))
         level = torch.where(left > 0, mean + self.MARGIN, record)
@@ -173,7 +169,8 @@ class WhenExploding(Clipper):
             "slow": slow,
             "count": count + 1.0,
             "left": left,
-            "spikes": spikes + spike,
+            "leapt": (x - record > self.SPIKE).to(x.dtype),
+            "fell": fell,
             "last": torch.cat([last.narrow(0, 1, 3), x.reshape(1)]),
         }
         state.update({name: torch.where(usable, value, state[name]) for name, value in moved.items()})

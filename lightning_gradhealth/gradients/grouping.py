@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gradhealth.gradients.flags import FLAGS
 from lightning_gradhealth.gradients.rows import Floats, HostRow
 from lightning_gradhealth.layers import Layout
 from lightning_gradhealth.ratios import fitted_gain, norm_ratios
@@ -58,9 +59,13 @@ def _distance_from_one(gain: float) -> float:
     return abs(math.log(gain)) if 0.0 < gain < math.inf else math.inf
 
 
+def _flag(value: float | None) -> bool | None:
+    return None if value is None else bool(value)
+
+
 def _step(row: HostRow) -> StepStats:
-    flags = [None] * 4 if row.cut is None else [None if math.isnan(flag) else float(flag) for flag in row.cut]
-    coefficient, clipped, armed, would = flags
+    values = [math.nan] * len(FLAGS) if row.cut is None else [float(value) for value in row.cut]
+    flags = {name: None if math.isnan(value) else value for name, value in zip(FLAGS, values, strict=True)}
     return StepStats(
         step=row.step,
         optimizer=row.row.optimizer,
@@ -71,10 +76,11 @@ def _step(row: HostRow) -> StepStats:
         learning_rate=max((rate for rate in row.row.rates if rate is not None), default=None),
         skipped=row.skipped,
         origin=row.row.origin,
-        clip_coefficient=coefficient,
-        clipped=None if clipped is None else bool(clipped),
-        armed=None if armed is None else bool(armed),
-        would_clip=would,
+        clip_coefficient=flags["coefficient"],
+        clipped=_flag(flags["clipped"]),
+        armed=_flag(flags["armed"]),
+        acted=_flag(flags["acted"]),
+        would_clip=flags["would"],
         applied_norm=row.applied_norm,
     )
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +12,12 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients, check_clipper
-from lightning_gradhealth.gradients.gate import WhenExploding
+from lightning_gradhealth.gradients.clipping import Clipper, Gradients
+from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
+from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
 from lightning_gradhealth.gradients.norms import norms, read_once
+from lightning_gradhealth.gradients.optimizers import bare, rate, still_scaled, unscaled
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
 from lightning_gradhealth.layers import LayersSpec, Layout
@@ -25,73 +25,6 @@ from lightning_gradhealth.records import StepRecord
 from lightning_gradhealth.sharding import Sharding, local, reduced, sum_over_ranks
 
 CAPACITY = 1_024
-
-Clip = str | Clipper | None
-
-
-def check_clip(clip: Clip) -> Clipper | None:
-    """Return the clipper that `clip` stands for.
-
-    Raises:
-        TypeError: It is neither None, "adaptive" nor a Clipper.
-
-    Example:
-        >>> check_clip("adaptive"), check_clip(None)
-        (WhenExploding(...), None)
-    """
-    if clip == "adaptive":
-        return WhenExploding()
-    if isinstance(clip, str) or not isinstance(clip, (Clipper, type(None))):
-        raise TypeError(f'clip must be "adaptive", a Clipper or None, got {clip!r}; e.g. clip=NormClip(1.0)')
-    return None if clip is None else check_clipper("clip", clip)
-
-
-@dataclass
-class Decision:
-    """What is to be done with the gradients of one step; everything in it stays on the device.
-
-    Attributes:
-        optimizer: The optimizer that is about to step.
-        gradients: Its gradients and their norms over all ranks.
-        row: What was measured, for the next flush.
-        cut: What the clipper decided; None where nothing clips.
-        skip: Whether the step is to be skipped, shape (); None where nothing skips.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> _ = layer(torch.tensor([[3.0, 4.0]])).backward()
-        >>> decision = GradientMonitor(layer).observe(torch.optim.SGD(layer.parameters(), lr=0.1))
-        >>> decision.total_norm.item(), decision.action
-        (5.0, 'ok')
-    """
-
-    optimizer: Optimizer
-    gradients: Gradients
-    row: Row
-    cut: Cut | None = None
-    skip: Tensor | None = None
-
-    @property
-    def norms(self) -> Tensor:
-        """L2 norms of the gradients before any clipping, one a parameter that has one, shape (n,), float64."""
-        return self.gradients.norms
-
-    @property
-    def total_norm(self) -> Tensor:
-        """L2 norm of all gradients together, shape (), float64, on the device."""
-        return self.gradients.total
-
-    @property
-    def coefficient(self) -> Tensor | None:
-        """Total norm after clipping over that before, shape (); None where nothing clips or it is not one factor."""
-        return None if self.cut is None else self.cut.coefficient
-
-    @property
-    def action(self) -> str:
-        """One of "ok", "clip" and "skip"; reading it waits for the device."""
-        if self.skip is not None and bool(self.skip):
-            return "skip"
-        return "clip" if self.cut is not None and bool(self.cut.clipped) else "ok"
 
 
 class GradientMonitor:
@@ -193,20 +126,20 @@ class GradientMonitor:
             step = max(self._observed) - 1
         scaled = grad_scaler is not None and grad_scaler.is_enabled()
         pattern, tensors = self._scan(optimizer, number, step)
-        pending = grad_scaler is not None and scaled and bool(tensors) and _still_scaled(optimizer, grad_scaler)
+        pending = grad_scaler is not None and scaled and bool(tensors) and still_scaled(optimizer, grad_scaler)
         if grad_scaler is not None and pending and self.clip is not None:
             grad_scaler.unscale_(optimizer)
             pending = False
         vector = self._measure(number, pattern, tensors, exact=exact)
         if grad_scaler is not None and pending:
-            vector = _unscaled(vector, grad_scaler)
-        rates = tuple(_rate(group) for group in optimizer.param_groups)
+            vector = unscaled(vector, grad_scaler)
+        rates = tuple(rate(group) for group in optimizer.param_groups)
         row = Row(step, number, pattern, rates, vector, scaled)
         decision = Decision(optimizer, self._gradients(number, pattern, tensors, vector), row)
         clipper = self.clipper_of(number)
         if clipper is not None and tensors:
             decision.cut = clipper.decide(decision.gradients)
-            row.cut = _flags(decision.cut, vector)
+            row.cut = flags_of(decision.cut)
             if scaled:  # the scaler skips the step if one is not finite
                 row.cut = without_effect(row.cut, ~decision.total_norm.isfinite())
         self.rows.append(row)
@@ -333,17 +266,12 @@ class GradientMonitor:
         slots, flat = row.pattern.slots, self.layout.flat
         parameters = [self.layout.slots[slot].parameter for slot in slots]
         there = all(p.grad is not None or slot in flat for p, slot in zip(parameters, slots, strict=True))
-        applied = None
-        if there and not still_scaled:
-            zero = torch.zeros(0, device=row.norms.device)
-            applied = norms([zero if p.grad is None else local(p.grad) for p in parameters], exact=False)
-        if self._shardings[number] is None:
-            row.applied = applied
-            return
-        parts = [*watch.probe.parts(), *([] if applied is None else [applied])]
-        whole = self._reduce(row, parts)
-        row.probe = WeightProbe((1.0,) * len(parameters), *whole[:3])
-        row.applied = None if applied is None else whole[3]
+        zero = torch.zeros(0, device=row.norms.device)
+        applied = norms([zero if p.grad is None else local(p.grad) for p in parameters], exact=False)
+        if self._shardings[number] is not None:  # every rank sends as much, whatever it has
+            *probe, applied = self._reduce(row, [*watch.probe.parts(), applied])
+            row.probe = WeightProbe((1.0,) * len(parameters), *probe)
+        row.applied = applied if there and not still_scaled else None
 
     def _reduce(self, row: Row, parts: Sequence[Tensor]) -> list[Tensor]:
         """Norms of the whole from norms of this rank's parts of the parameters that have a gradient."""
@@ -436,52 +364,3 @@ class GradientMonitor:
             if (clipper := self.clipper_of(number)) is not None:
                 clipper.load_state_dict(saved)
         self.rows = deque(rows_from_state(state, slot_of), maxlen=CAPACITY)
-
-
-def bare(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that a wrapper of Lightning or Fabric calls in the end.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-        >>> bare(optimizer) is optimizer
-        True
-    """
-    while isinstance(inner := getattr(optimizer, "_optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def _flags(cut: Cut, vector: Tensor) -> Tensor:
-    """What a flush needs of a cut, shape (4,): coefficient, clipped, armed, would; NaN for what there is not."""
-    none = torch.full((), math.nan, dtype=vector.dtype, device=vector.device)
-    flags = (cut.coefficient, cut.clipped, cut.armed, cut.would)
-    return torch.stack([none if flag is None else flag.to(vector.dtype) for flag in flags])
-
-
-def without_effect(flags: Tensor, skipped: Tensor) -> Tensor:
-    """The flags of a cut, but those of none where the step is skipped: nothing was clipped.
-
-    Example:
-        >>> without_effect(torch.tensor([0.5, 1.0, 1.0, math.nan]), torch.tensor(True))
-        tensor([nan, 0., nan, nan])
-    """
-    none, zero = flags.new_full((), math.nan), flags.new_zeros(())
-    return torch.where(skipped, torch.stack([none, zero, none, none]), flags)
-
-
-def _rate(group: dict[str, Any]) -> float | None:
-    """The learning rate of a parameter group, where it can be had without a host read."""
-    rate = group.get("lr")
-    return float(rate) if isinstance(rate, (int, float)) else None
-
-
-def _still_scaled(optimizer: Optimizer, scaler: GradScaler) -> bool:
-    """Whether the scaler has not unscaled this optimizer's gradients yet."""
-    stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
-    return bool(stage.name == "READY" and scaler._scale is not None)
-
-
-def _unscaled(vector: Tensor, scaler: GradScaler) -> Tensor:
-    """Divide by the loss scale, on the device."""
-    assert scaler._scale is not None
-    return vector / scaler._scale.to(vector.device, vector.dtype)

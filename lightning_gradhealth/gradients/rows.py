@@ -50,8 +50,7 @@ class Row:
         norms: Gradient norms, one for each of the pattern's slots, before any clipping.
         scaled: A loss scaler is at work: it skips steps whose gradients overflow.
         loss: The training loss of the step.
-        cut: What a clipper decided, shape (4,): coefficient (NaN: not one factor), clipped, armed (NaN: no gate),
-            coefficient of a dry run (NaN: none).
+        cut: What a clipper decided, shape (len(FLAGS),), see flags.py.
         skip: Whether the step was skipped, shape () or a bool; None where nothing skips.
         applied: The norms that the optimizer was given, after all clipping, at probed steps.
         probe: Weights and updates, at probed steps.

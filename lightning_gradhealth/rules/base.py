@@ -46,8 +46,7 @@ class Thresholds:
             halving the scale 20 times brings any usual one below 1.
         skipped_in_a_row: Steps in a row that `on_non_finite` skips before it ends the run: it would not come back.
         no_gradient_steps: Steps without any gradient before a parameter is reported.
-        clipped_records: Records in a row, at least half of whose steps adaptive clipping had to clip, after which
-            the run lives on it.
+        clipped_window: Steps of which adaptive clipping has to clip half before the run is said to live on it.
         spike_sigmas: Robust standard deviations above the median loss. Measured: healthy <= 6.7.
         spike_log_sigmas: The same on a logarithmic scale, on which the losses of single batches spread near
             convergence; hard batches of nets that have converged stay below it.
@@ -87,7 +86,7 @@ class Thresholds:
     overflow_steps: int = 20
     skipped_in_a_row: int = 25
     no_gradient_steps: int = 20
-    clipped_records: int = 3
+    clipped_window: int = 100
     spike_sigmas: float = 10.0
     spike_log_sigmas: float = 5.0
     spike_recurs: int = 3

@@ -15,33 +15,31 @@ class AdaptiveClipping(Rule):
     def check(self, record: StepRecord) -> Verdict | None:
         """Keep account of every opening; speak while a gate is open, and once more when it closes."""
         memory = self.memory
-        before = bool(memory.get("open"))
-        for step in record.window:
-            if step.armed is not None:
-                self._take(step)
-        now = bool(memory.get("open"))
-        if not now and not before and memory.get("told") == memory.get("openings"):
+        gated = [step for step in record.window if step.armed is not None]
+        if not gated:  # no gate in this run; a checkpoint may come from one that had it
+            memory["open"] = []
             return None
-        if not memory.get("openings"):
+        for step in gated:
+            self._take(step)
+        if not memory.get("openings") or (not memory["open"] and memory.get("told") == memory["openings"]):
             return None
-        memory["told"] = memory["openings"]
-        window = [step for step in record.window if step.armed is not None]
-        cut = sum(bool(step.clipped) for step in window)
-        heavy = cut * 2 >= len(window) > 0
-        memory["heavy"] = memory.get("heavy", 0) + 1 if heavy else 0
-        lives_on_it = memory["heavy"] >= self.thresholds.clipped_records
+        if not memory["open"]:
+            memory["told"] = memory["openings"]
+        recent = memory["recent"]
+        lives_on_it = len(recent) == self.thresholds.clipped_window and 2 * sum(recent) >= len(recent)
         return Verdict(
             severity=Severity.WARNING if lives_on_it else Severity.INFO,
-            summary=self._account(now),
+            summary=self._account(),
             remedy=(
                 "a smaller learning rate or a warm-up of it, a normalisation layer or gh.init_weights(model): the run"
                 " lives on being clipped"
                 if lives_on_it
-                else "none is needed while it is rare; if it recurs, a smaller learning rate or a warm-up of it"
+                else "none while it is rare; if it recurs, a smaller learning rate or a warm-up of it, unless such"
+                " steps are meant to be large"
             ),
             evidence={
                 "openings": memory["openings"],
-                "open": now,
+                "open": bool(memory["open"]),
                 "closed_at": memory.get("closed_at"),
                 "norm": memory["norm"],
                 "clipped_steps": memory["clipped"],
@@ -52,32 +50,41 @@ class AdaptiveClipping(Rule):
 
     def _take(self, step: StepStats) -> None:
         """One step of an optimizer that has a gate."""
-        memory = self.memory
-        key = str(step.optimizer)
+        memory, key = self.memory, str(step.optimizer)
         opened = memory.setdefault("open", [])
+        recent = memory.setdefault("recent", [])
+        recent.append(int(bool(step.acted)))
+        del recent[: -self.thresholds.clipped_window]
         if step.armed and key not in opened:
             opened.append(key)
             memory["openings"] = memory.get("openings", 0) + 1
             memory.setdefault("first", step.step)
             memory["latest"], memory["norm"] = step.step, step.total_norm
             memory.setdefault("clipped", 0)
-            memory.setdefault("smallest", 1.0)
+            memory.setdefault("smallest", None)
         elif not step.armed and key in opened:
             opened.remove(key)
             memory["closed_at"] = step.step
-        if step.armed:
-            coefficient = step.clip_coefficient if step.would_clip is None else step.would_clip
+        if step.acted:
             memory["dry"] = step.would_clip is not None
-            memory["clipped"] += bool(step.clipped) or (step.would_clip is not None and step.would_clip < 1)
-            if coefficient is not None:
-                memory["smallest"] = min(memory["smallest"], coefficient)
+            memory["clipped"] += 1
+            factor = step.clip_coefficient if step.would_clip is None else step.would_clip
+            if factor is not None:
+                memory["smallest"] = min(factor, 1.0 if memory["smallest"] is None else memory["smallest"])
 
-    def _account(self, now: bool) -> str:
+    def _account(self) -> str:
         memory = self.memory
-        norm = "" if memory["norm"] is None else f" at a gradient norm of {memory['norm']:.2g}"
-        text = f"an explosion was detected at step {memory['latest']}{norm}"
+        norm = "" if memory["norm"] is None else f", at a gradient norm of {memory['norm']:.2g}"
+        text = f"the gate opened at step {memory['latest']}{norm}"
         if memory["openings"] > 1:
-            text += f", the {memory['openings']}th since step {memory['first']}"
-        clipped = f"{memory['clipped']} steps {'would have been' if memory['dry'] else 'were'} clipped"
-        text += f"; {clipped}, by {memory['smallest']:.2g} at most"
-        return f"{text}; the gate is open" if now else f"{text}; the gate closed at step {memory['closed_at']}"
+            text += f" ({memory['openings']} times since step {memory['first']})"
+        steps = f"{memory['clipped']} step{'' if memory['clipped'] == 1 else 's'}"
+        done = (
+            "would have been clipped"
+            if memory.get("dry")
+            else ("was clipped" if memory["clipped"] == 1 else "were clipped")
+        )
+        text += f"; {steps} {done}"
+        if memory["smallest"] is not None:
+            text += f", the most by a factor of {memory['smallest']:.2g}"
+        return f"{text}; it is open" if memory["open"] else f"{text}; it closed at step {memory['closed_at']}"

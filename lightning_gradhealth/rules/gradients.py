@@ -133,7 +133,8 @@ class ExplodingInTime(Rule):
     """The total gradient norm of an optimizer leaps by orders of magnitude.
 
     It is held against the median of the last finite norms, and against the run's first ones too: at the end
-    of a run that has converged the median is tiny, and one hard batch is no explosion.
+    of a run that has converged the median is tiny, and one hard batch is no explosion. What clipping has brought
+    down counts as it was applied.
     """
 
     condition = Condition.EXPLODING_GRADIENTS
@@ -144,16 +145,17 @@ class ExplodingInTime(Rule):
         for step in record.window:
             recent = self.memory.setdefault(f"recent{step.optimizer}", [])
             early = self.memory.setdefault(f"early{step.optimizer}", [])
-            if step.total_norm is None or not math.isfinite(step.total_norm):
+            norm = _norm_in_effect(step)
+            if norm is None or not math.isfinite(norm):
                 continue
             if len(recent) >= self.thresholds.time_warmup:
                 usual = max(median(recent), median(early) / 100)
-                factor = step.total_norm / usual if usual > 0 else 0.0
+                factor = norm / usual if usual > 0 else 0.0
                 if factor > self.thresholds.time_ratio and (worst is None or factor > worst[0]):
                     worst = factor, step
-            keep_last(recent, step.total_norm, self.thresholds.time_window)
+            keep_last(recent, norm, self.thresholds.time_window)
             if len(early) < self.thresholds.growth_window:
-                keep_last(early, step.total_norm, self.thresholds.growth_window)
+                keep_last(early, norm, self.thresholds.growth_window)
         if worst is None:
             return None
         factor, step = worst
@@ -161,12 +163,19 @@ class ExplodingInTime(Rule):
             severity=Severity.CRITICAL,
             summary=f"the gradient norm leapt to {step.total_norm:.2g}, {factor:.1e} times its usual size",
             remedy=(
-                "Trainer(gradient_clip_val=1.0), a smaller learning rate or a warm-up of it; look at the batch of that"
+                'GradHealth(clip="adaptive"), a smaller learning rate or a warm-up of it; look at the batch of that'
                 " step if it happened once"
             ),
             evidence={"total_norm": step.total_norm, "factor": factor},
             first_step=step.step,
         )
+
+
+def _norm_in_effect(step: StepStats) -> float | None:
+    """The norm that the session's clipping left; None where it was clipped by no single factor."""
+    if not step.clipped or step.total_norm is None:
+        return step.total_norm
+    return None if step.clip_coefficient is None else step.total_norm * step.clip_coefficient
 
 
 class VanishingInTime(Rule):
