@@ -1,7 +1,8 @@
 """An exploding training without and with `clip="adaptive"`, side by side: as a table and in TensorBoard.
 
 A tanh RNN whose recurrent weights stretch the signal by 1.2 at each of 64 time steps learns to predict the next
-character of Python's own documentation, at a learning rate far too high. No download. Under a minute.
+character of Python's own documentation, at a learning rate far too high. No download. Under a minute. (Such a run is
+a gamble: with seed 2 it explodes, with others it may come through by itself.)
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def text() -> tuple[Tensor, int]:
 
 
 class Reader(pl.LightningModule):
-    def __init__(self, kinds: int, steps: int) -> None:
+    def __init__(self, kinds: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(kinds, 32)
         self.rnn = nn.RNN(32, 128, batch_first=True)
@@ -58,11 +59,11 @@ class Reader(pl.LightningModule):
 
 
 def train(clip: str | None, steps: int, logdir: Path) -> tuple[float, gh.HealthReport]:
-    pl.seed_everything(0, verbose=False)
+    pl.seed_everything(2, verbose=False)
     ids, kinds = text()
     pieces = ids.unfold(0, LENGTH + 1, LENGTH)
     health = gh.GradHealth(clip=clip)
-    model = Reader(kinds, steps)
+    model = Reader(kinds)
     trainer = pl.Trainer(
         max_steps=steps,
         callbacks=[health],

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_gradhealth import Condition, GradHealth, Rule, Severity, StepRecord, Thresholds, init_weights
 from lightning_gradhealth.judgement import Judgement
@@ -507,3 +508,27 @@ trainer:
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GradHealth(**options)
+
+
+def test_a_rescued_run_goes_on_and_is_healthy() -> None:
+    """README's recipe: what the gate has brought down is neither an explosion nor a reason to stop."""
+    batch_of_30 = [[x * (1e4 if i == 30 else 1.0), y] for i, (x, y) in enumerate(batches(samples=640))]
+    data = DataLoader(batch_of_30, batch_size=None)
+
+    def fit(clip: str | None) -> tuple[int, GradHealth]:
+        torch.manual_seed(0)
+        health = GradHealth(clip=clip, on_non_finite="skip", stop_on="exploding_gradients")
+        run = trainer(health, max_epochs=1)
+        run.fit(Classifier(lr=1e-3), data)
+        return run.global_step, health
+
+    stopped, sick = fit(None)
+    assert stopped < 40
+    assert "exploding_gradients" in sick.report().conditions
+    steps, saved = fit("adaptive")
+    report = saved.report()
+    assert (steps, report.steps) == (80, 80)
+    assert "exploding_gradients" not in report.conditions
+    (finding,) = [f for f in report.findings if f.condition == "adaptive_clipping"]
+    assert finding.first_step == 30
+    assert 1 <= report.clipped_steps < 60

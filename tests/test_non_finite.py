@@ -408,7 +408,7 @@ def test_manual_optimization_skips_and_claims_nothing(fused: bool) -> None:
 
 def test_lbfgs_is_refused_a_skip_that_it_cannot_keep() -> None:
     model = Classifier(fragile(), torch.optim.LBFGS, lr=0.1, max_iter=3)
-    with pytest.raises(GradHealthError, match='"skip" cannot be kept with LBFGS.*use "raise" or "stop"'):
+    with pytest.raises(GradHealthError, match=r'"skip" cannot be kept with LBFGS.*use "raise" or "stop"'):
         fit(model, data(8), GradHealth(on_non_finite="skip"))
     with pytest.raises(NonFiniteGradientError, match="at step 3"):
         fit(model, data(8, bad=[3]), GradHealth(on_non_finite="raise"))
