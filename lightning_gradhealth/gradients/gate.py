@@ -28,7 +28,7 @@ class WhenExploding(Clipper):
 
     - 2.5 times the record is a spike: this one step is clipped, to the record. After a spike that came straight back
       below the record 1.25 times is enough, for 7 steps, and for longer if there were more of them;
-    - 6 times the record, or 30 times one that climbs by 3 % a step at most, is an outbreak (after the first 20 steps):
+    - 6 times the record, or 30 times one that climbs by 3 % a step at most, is an outbreak (after the first 50 steps):
       for 500 steps all norms are clipped to 1.2 times the usual one, a running geometric mean.
 
     The record sinks back to the usual norm over `20 + t^2 / 20` steps, t being the steps so far, 20,000 at most: the
@@ -47,7 +47,7 @@ class WhenExploding(Clipper):
         clipper: What acts while the gate is open; None: clip to the record, or to the usual norm in an outbreak.
         latch: Once an outbreak has opened it, the gate stays open.
         dry_run: Only report what would have been clipped. What is not one factor is tried on a copy at every step.
-        warmup_norm: In the first 20 steps, when there is little history to judge by, the gate opens for norms above
+        warmup_norm: In the first 50 steps, when there is little history to judge by, the gate opens for norms above
             this too, in the units of the gradient; None: history alone decides.
 
     Raises:
@@ -66,7 +66,7 @@ class WhenExploding(Clipper):
         (True, 1.2)
     """
 
-    WARMUP = 20  # steps without outbreaks: heads and adapters that start at zero grow by orders of magnitude
+    WARMUP = 50  # steps without outbreaks: while learning sets in, norms grow by orders of magnitude
     SPIKE = math.log(2.5)  # healthy: at most 10 of 2,000 norms beyond it, most of them while the norm grows early on
     SUSPECT, AGAIN, RECENT = 0.9, math.log(1.25), 64.0  # healthy: norms that leap while learning sets in stay up
     OUTBREAK = math.log(6.0)  # healthy: at most 4.9

@@ -45,11 +45,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def ratio(make: Callable[[], nn.Module], shape: tuple[int, ...], blocks: int, every: int) -> tuple[float, float]:
+def ratio(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], blocks: int, every: int, clip: str | None
+) -> tuple[float, float]:
     """Milliseconds of a bare step, and median over the blocks of watched / bare."""
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    session = HealthSession(model, probe_every_n_steps=every, announce=lambda line: None)
+    session = HealthSession(model, clip=clip, probe_every_n_steps=every, announce=lambda line: None)
     x = torch.randn(shape)
     done = 0
 
@@ -81,5 +83,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name, (make, shape) in CASES.items():
-        bare, factor = ratio(make, shape, options.blocks, options.every)
-        print(f"{name:40s} bare {bare:7.2f} ms a step, watched / bare {factor:.3f}")
+        bare, factor = ratio(make, shape, options.blocks, options.every, None)
+        _, clipping = ratio(make, shape, options.blocks, options.every, "adaptive")
+        print(
+            f'{name:38s} bare {bare:7.2f} ms a step, watched / bare {factor:.3f}, with clip="adaptive" {clipping:.3f}'
+        )

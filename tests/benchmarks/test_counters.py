@@ -11,6 +11,7 @@ from counting import host_reads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lightning_gradhealth as gh
 from lightning_gradhealth import HealthSession
 
 
@@ -26,11 +27,13 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def observed(depth: int, width: int = 20) -> tuple[HealthSession, torch.optim.Optimizer, nn.Module]:
+def observed(
+    depth: int, width: int = 20, clip: gh.Clipper | str | None = None
+) -> tuple[HealthSession, torch.optim.Optimizer, nn.Module]:
     """A session that has its probed first steps behind it."""
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    session = HealthSession(model, probe_every_n_steps=1_000)
+    session = HealthSession(model, clip=clip, probe_every_n_steps=1_000)
     model(torch.randn(2, width)).square().mean().backward()
     for _ in range(3):
         session.apply(session.observe(optimizer, loss=0.0))
@@ -74,3 +77,20 @@ def test_large_tensors_are_read_once_and_never_copied() -> None:
         session.observe(optimizer)
     assert not {name for name in operators.counts if "copy" in name or "clone" in name or "cat" in name}
     assert operators.counts["aten::linalg_vector_norm"] == 2 * 4  # for each: blocks, rest, total, the largest block
+
+
+CLIPPERS = {"norm": lambda: gh.NormClip(1.0), "adaptive": lambda: "adaptive", "z-score": gh.ZScoreClip}
+
+
+@pytest.mark.parametrize("clip", CLIPPERS)
+def test_clipping_by_one_factor_costs_one_more_pass_and_no_operator_a_layer(clip: str) -> None:
+    def operators(depth: int) -> Counter[str]:
+        session, optimizer, _ = observed(depth, clip=CLIPPERS[clip]())
+        with Operators() as seen:
+            session.apply(session.observe(optimizer, torch.tensor(0.0)))
+        return seen.counts
+
+    few, many = operators(2), operators(200)
+    assert few == many
+    assert many["aten::_foreach_mul_.Tensor"] == many["aten::_foreach_norm.Scalar"] == 1
+    assert sum(many.values()) < 160
