@@ -78,7 +78,7 @@ class GradHealth(Callback):
             on; unless a fused optimizer skips it, the gradients are None in the hooks that follow); "raise" an error;
             or skip it and "stop" the fit. The last three run the batch's forward again to name the module where it
             began; they read one flag a step, unless the step is skipped by a fused optimizer. Under a loss scaler,
-            which skips such steps by itself, nothing is done.
+            which skips such steps by itself, nothing is done, but "raise" and "stop" act after 25 in a row.
         stop_on: Condition or conditions that end the fit when found with severity warning or above.
         probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
             two; None: the Trainer's `log_every_n_steps`.

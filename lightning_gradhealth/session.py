@@ -136,7 +136,8 @@ class HealthSession:
         clip: "adaptive" (clip while an explosion is detected), a clipper, or None.
         on_non_finite: What to do about NaN and Inf in gradients: "warn"; "skip" the step, so that the optimizer does
             not see it; "raise" an error before it; or skip it and set `should_stop` ("stop"). The last three name
-            the module where it began. Under a loss scaler, which skips such steps by itself, nothing is done.
+            the module where it began. Under a loss scaler, which skips such steps by itself, nothing is done,
+            but "raise" and "stop" act after 25 in a row.
         probe_every_n_steps: Weights and updates are measured at every n-th step of an optimizer, and at its
             first two; None: 50.
         layers: How parameters are grouped: "module", "parameter", a depth, or regexes.

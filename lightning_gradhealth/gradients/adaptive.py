@@ -19,6 +19,7 @@ from lightning_gradhealth.gradients.clipping import (
     check_positive,
     factor,
     limited,
+    usable,
 )
 
 
@@ -60,14 +61,9 @@ class PercentileClip(Clipper):
             blank = torch.full((self.window,), math.nan, dtype=total.dtype, device=total.device)
             known = blank if known is None else torch.cat([blank, known])[-self.window :]
         later = torch.cat([known.narrow(0, 1, self.window - 1), total.reshape(1)])
-        self.state["norms"] = torch.where(_usable(total), later, known)
+        self.state["norms"] = torch.where(usable(total), later, known)
         limit = torch.nanquantile(self.state["norms"], self.percentile / 100)
         return factor(gradients, limited(total, limit))
-
-
-def _usable(norms: Tensor) -> Tensor:
-    """Which norms enter the statistics."""
-    return norms.isfinite() & (norms > 0)
 
 
 class ZScoreClip(Clipper):
@@ -137,7 +133,7 @@ class ZScoreClip(Clipper):
             "variance": (1.0 - rate) * (variance + rate * step.square()),
             "count": count + 1.0,
         }
-        state.update({name: torch.where(_usable(norm), new, state[name]) for name, new in moved.items()})
+        state.update({name: torch.where(usable(norm), new, state[name]) for name, new in moved.items()})
         return factor(gradients, limited(norm, limit))
 
 
@@ -184,16 +180,16 @@ class LayerwiseClip(Clipper):
         norms, total = gradients.norms, gradients.total
         rows = self._rows(gradients)
         gamma, count = (self.state[name].index_select(0, rows) for name in ("gamma", "count"))
-        usable = _usable(norms) & gradients.finite
+        taken = usable(norms) & gradients.finite
         warm = count >= self.warmup
         factors = torch.where(warm, limited(norms, self.relative * gamma), limited(total, self.warmup_norm))
-        factors = torch.where(usable, factors, 1.0)
+        factors = torch.where(taken, factors, 1.0)
         rate = torch.where(warm, 1.0 - self.beta, 1.0 / (count + 1.0))
         moved = gamma + rate * (norms * factors - gamma)
-        self.state["gamma"] = self.state["gamma"].index_copy(0, rows, torch.where(usable, moved, gamma))
-        self.state["count"] = self.state["count"].index_copy(0, rows, count + usable)
+        self.state["gamma"] = self.state["gamma"].index_copy(0, rows, torch.where(taken, moved, gamma))
+        self.state["count"] = self.state["count"].index_copy(0, rows, count + taken)
         after = torch.linalg.vector_norm(norms * factors)
-        return Cut([factors], (factors < 1).any(), torch.where(_usable(total), after / total, 1.0))
+        return Cut([factors], (factors < 1).any(), torch.where(usable(total), after / total, 1.0))
 
     def _rows(self, gradients: Gradients) -> Tensor:
         """Where the parameters stand in the state, which grows when one turns up for the first time."""

@@ -21,6 +21,7 @@ from lightning_gradhealth.gradients.clipping import (
     limited,
     multiply,
 )
+from lightning_gradhealth.gradients.norms import wide
 from lightning_gradhealth.layers import Slot
 from lightning_gradhealth.sharding import is_flat, local, reduced
 
@@ -233,9 +234,10 @@ class UnitwiseClip(Clipper):
 def _unit_norms(tensor: Tensor) -> Tensor:
     """L2 norm of each unit, in float64 where the device has it, in a shape that broadcasts."""
     magnitude = tensor.abs() if tensor.is_complex() else tensor
-    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     dims = tuple(range(1, tensor.ndim)) or None
-    return reduced(torch.linalg.vector_norm(magnitude, dim=dims, keepdim=True, dtype=dtype))  # once, not at every use
+    return reduced(
+        torch.linalg.vector_norm(magnitude, dim=dims, keepdim=True, dtype=wide(tensor.device))
+    )  # once, not at every use
 
 
 class Chain(Clipper):

@@ -19,17 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradhealth.gradients.norms import norms
+from lightning_gradhealth.gradients.norms import norms_or_zero, wide
 from lightning_gradhealth.layers import Slot
 from lightning_gradhealth.sharding import local
 
 log = logging.getLogger("lightning_gradhealth")
-
-
-def _norms(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Norms of tensors that this rank holds whole; 0 for None."""
-    device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
-    return norms([torch.zeros(0, device=device) if tensor is None else tensor for tensor in tensors])
 
 
 def _here(flag: Tensor) -> Tensor:
@@ -58,7 +52,7 @@ class Gradients:
     slots: Sequence[Slot]
     tensors: Sequence[Tensor | None]
     norms: Tensor
-    measure: Callable[[Sequence[Tensor | None]], Tensor] = _norms
+    measure: Callable[[Sequence[Tensor | None]], Tensor] = norms_or_zero
     anywhere: Callable[[Tensor], Tensor] = _here
 
     @classmethod
@@ -66,7 +60,7 @@ class Gradients:
         """The gradients of parameters that belong to no model (for tests and examples); each has one."""
         slots = [Slot(str(i), p, i, "", is_bias=False, is_embedding=False) for i, p in enumerate(parameters)]
         tensors = [p.grad for p in parameters]
-        return cls(slots, tensors, _norms(tensors))
+        return cls(slots, tensors, norms_or_zero(tensors))
 
     @functools.cached_property
     def total(self) -> Tensor:
@@ -205,7 +199,7 @@ class Clipper:
         """`state` on the device of the gradients, where a checkpoint may have left it on another."""
         for name, value in self.state.items():
             if value.device != device:
-                dtype = _wide(device) if value.is_floating_point() else value.dtype
+                dtype = wide(device) if value.is_floating_point() else value.dtype
                 self.state[name] = value.to(dtype=dtype).to(device)
         return self.state
 
@@ -237,6 +231,16 @@ def limited(total: Tensor, limit: Tensor | float) -> Tensor:
         [0.2..., 1.0]
     """
     return torch.where(total > limit, limit / total, 1.0)
+
+
+def usable(norms: Tensor) -> Tensor:
+    """Which norms enter statistics: those that are finite and not 0.
+
+    Example:
+        >>> usable(torch.tensor([1.0, 0.0, float("nan")])).tolist()
+        [True, False, False]
+    """
+    return norms.isfinite() & (norms > 0)
 
 
 def multiply(tensor: Tensor, factor: Tensor) -> None:
@@ -271,11 +275,6 @@ def _like(part: Tensor, tensor: Tensor) -> Tensor:
     """A factor on a tensor's device, in the precision in which the product is worked out."""
     dtype = torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
     return part.to(dtype).to(tensor.device, non_blocking=True)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    """The dtype of statistics: MPS knows no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_positive(owner: str, name: str, value: Any, remedy: str, *, below: float = math.inf) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients, check_clipper
+from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients
 from lightning_gradhealth.gradients.gate import WhenExploding
 from lightning_gradhealth.gradients.rows import Row
 
@@ -28,7 +28,7 @@ def check_clip(clip: Clip) -> Clipper | None:
         return WhenExploding()
     if isinstance(clip, str) or not isinstance(clip, (Clipper, type(None))):
         raise TypeError(f'clip must be "adaptive", a Clipper or None, got {clip!r}; e.g. clip=NormClip(1.0)')
-    return None if clip is None else check_clipper("clip", clip)
+    return clip
 
 
 @dataclass

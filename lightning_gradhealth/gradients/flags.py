@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhealth.gradients.clipping import Cut
+from lightning_gradhealth.gradients.norms import wide
 
 FLAGS = ("coefficient", "clipped", "armed", "would", "acted")
 
@@ -19,7 +20,7 @@ def flags_of(cut: Cut) -> Tensor:
         >>> flags_of(Cut([], clipped=torch.tensor(True), coefficient=torch.tensor(0.5))).tolist()
         [0.5, 1.0, nan, nan, nan]
     """
-    dtype = torch.float32 if cut.clipped.device.type == "mps" else torch.float64
+    dtype = wide(cut.clipped.device)
     none = torch.full((), math.nan, dtype=dtype, device=cut.clipped.device)
     values = [getattr(cut, name) for name in FLAGS]
     return torch.stack([none if value is None else value.to(dtype) for value in values])

@@ -17,6 +17,7 @@ from lightning_gradhealth.gradients.clipping import (
     check_positive,
     factor,
     limited,
+    usable,
 )
 
 
@@ -138,8 +139,8 @@ class WhenExploding(Clipper):
     def _judge(self, norm: Tensor) -> tuple[Tensor, Tensor]:
         """Whether the gate is open, and the norm to clip to while it is."""
         state = self.on(norm.device)
-        usable = norm.isfinite() & (norm > 0)
-        x = torch.where(usable, norm, 1.0).log()
+        taken = usable(norm)
+        x = torch.where(taken, norm, 1.0).log()
         if not state:
             state.update(
                 {
@@ -155,8 +156,8 @@ class WhenExploding(Clipper):
         record = torch.maximum(record - sinking, last.min())
         slow = torch.minimum(record, slow + self.CLIMB)
         fell = state["fell"] * (1.0 - 1.0 / self.RECENT) + state["leapt"] * (x < record)
-        spike = usable & (x - record > torch.where(fell >= self.SUSPECT, self.AGAIN, self.SPIKE))
-        outbreak = usable & (count >= self.WARMUP) & ((x - record > self.OUTBREAK) | (x - slow > self.FAR))
+        spike = taken & (x - record > torch.where(fell >= self.SUSPECT, self.AGAIN, self.SPIKE))
+        outbreak = taken & (count >= self.WARMUP) & ((x - record > self.OUTBREAK) | (x - slow > self.FAR))
         left = torch.where(outbreak, float(self.HOLD), (state["left"] - float(not self.latch)).clamp(min=0.0))
         level = torch.where(left > 0, mean + self.MARGIN, record)
         armed = (left > 0) | spike
@@ -174,5 +175,5 @@ class WhenExploding(Clipper):
             "fell": fell,
             "last": torch.cat([last.narrow(0, 1, 3), x.reshape(1)]),
         }
-        state.update({name: torch.where(usable, value, state[name]) for name, value in moved.items()})
+        state.update({name: torch.where(taken, value, state[name]) for name, value in moved.items()})
         return armed, level.exp()

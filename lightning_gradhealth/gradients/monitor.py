@@ -16,7 +16,7 @@ from lightning_gradhealth.gradients.clipping import Clipper, Gradients
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
-from lightning_gradhealth.gradients.norms import norms, read_once
+from lightning_gradhealth.gradients.norms import norms, norms_or_zero, read_once
 from lightning_gradhealth.gradients.optimizers import bare, rate, still_scaled, unscaled
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
@@ -266,18 +266,16 @@ class GradientMonitor:
         slots, flat = row.pattern.slots, self.layout.flat
         parameters = [self.layout.slots[slot].parameter for slot in slots]
         there = all(p.grad is not None or slot in flat for p, slot in zip(parameters, slots, strict=True))
-        zero = torch.zeros(0, device=row.norms.device)
-        applied = norms([zero if p.grad is None else local(p.grad) for p in parameters], exact=False)
-        if self._shardings[number] is not None:  # every rank sends as much, whatever it has
-            *probe, applied = self._reduce(row, [*watch.probe.parts(), applied])
+        given = [None if p.grad is None else local(p.grad) for p in parameters]
+        applied = norms_or_zero(given, row.norms.device, exact=False)
+        sharding = self._shardings[number]
+        if sharding is not None:  # every rank sends as much, whatever it has
+            *probe, applied = self._reduce(sharding, row, [*watch.probe.parts(), applied])
             row.probe = WeightProbe((1.0,) * len(parameters), *probe)
         row.applied = applied if there and not still_scaled else None
 
-    def _reduce(self, row: Row, parts: Sequence[Tensor]) -> list[Tensor]:
+    def _reduce(self, sharding: Sharding, row: Row, parts: Sequence[Tensor]) -> list[Tensor]:
         """Norms of the whole from norms of this rank's parts of the parameters that have a gradient."""
-        sharding = self._shardings[row.optimizer]
-        if sharding is None:
-            return list(parts)
         places = self._places(row.pattern, row.norms.device)
         if places is None:
             return list(sharding.reduce(*parts))

@@ -63,6 +63,16 @@ def _blocked(tensor: Tensor, total: torch.dtype) -> Tensor:
     return torch.hypot(torch.where(norm.isfinite() & (norm > 0), norm, largest), rest)
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype in which sums and statistics are kept: float64, where the device knows it.
+
+    Example:
+        >>> wide(torch.device("cpu")), wide(torch.device("mps"))
+        (torch.float64, torch.float32)
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def norms(tensors: Sequence[Tensor], *, exact: bool = True) -> Tensor:
     """L2 norm of every tensor.
 
@@ -102,6 +112,26 @@ def norms(tensors: Sequence[Tensor], *, exact: bool = True) -> Tensor:
     return torch.stack([norm if norm.device == home else norm.to(home, non_blocking=True) for norm in ordered])
 
 
+def norms_or_zero(
+    tensors: Sequence[Tensor | None], device: torch.device | None = None, *, exact: bool = True
+) -> Tensor:
+    """The same with 0 for None.
+
+    Args:
+        tensors: See `norms`.
+        device: Where the zeros belong; None: on the device of the first tensor.
+        exact: See `norms`.
+
+    Example:
+        >>> norms_or_zero([None, torch.tensor([3.0, 4.0])]).tolist()
+        [0.0, 5.0]
+    """
+    if device is None:
+        device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
+    zero = torch.zeros(0, device=device)
+    return norms([zero if tensor is None else tensor for tensor in tensors], exact=exact)
+
+
 def _chunked(tensor: Tensor) -> Tensor:
     """Norm of a large tensor on a CPU, all in float64 (whole, `_foreach_norm` is several times slower)."""
     chunks = torch._foreach_norm(torch.split(_flat(tensor), _CHUNK), 2, dtype=torch.float64)
@@ -125,8 +155,7 @@ def read_once(vectors: Sequence[Tensor]) -> list[list[float]]:
     if not vectors:
         return []
     device = next((vector.device for vector in vectors if vector.device.type != "cpu"), vectors[0].device)
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    flat = torch.cat([vector.detach().reshape(-1).to(device, dtype) for vector in vectors]).tolist()
+    flat = torch.cat([vector.detach().reshape(-1).to(device, wide(device)) for vector in vectors]).tolist()
     result, start = [], 0
     for vector in vectors:
         result.append(flat[start : start + vector.numel()])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_gradhealth.gradients.norms import dense, norms
+from lightning_gradhealth.gradients.norms import dense, norms, wide
 from lightning_gradhealth.layers import Slot
 from lightning_gradhealth.sharding import local
 
@@ -85,9 +85,8 @@ class Sampler:
             picked = parameter.index_select(0, rows) * touched.to(parameter.dtype).unsqueeze(1)
         else:
             picked = parameter if self._indices is None else torch.take(parameter, self._indices)
-        dtype = torch.float32 if picked.device.type == "mps" else torch.float64
         picked = dense(picked).reshape(-1)
-        return picked.to(dtype, copy=True)
+        return picked.to(wide(picked.device), copy=True)
 
 
 @dataclass
