@@ -1,0 +1,19 @@
+"""One recorded forward pass: weights in order of use, what lies between them, and where branches merge."""
+
+from lightning_gradhealth.tracing.graph import INPUT, NORMS, VIEWS, Graph, Station
+from lightning_gradhealth.tracing.record import UNITS, Event, Ref, Trace, TraceError, follow, trace
+
+__all__ = [
+    "INPUT",
+    "NORMS",
+    "UNITS",
+    "VIEWS",
+    "Event",
+    "Graph",
+    "Ref",
+    "Station",
+    "Trace",
+    "TraceError",
+    "follow",
+    "trace",
+]
