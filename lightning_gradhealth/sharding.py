@@ -111,6 +111,42 @@ def local(tensor: Tensor) -> Tensor:
     return part if wait is None else wait()
 
 
+def fill(target: Tensor, full: Tensor) -> None:
+    """Copy `full` into `target`, of which each rank may hold only a part: each cuts out its own, with no communication.
+
+    Args:
+        target: A parameter or a buffer on a real device, plain or a DTensor; parts may be uneven or empty.
+        full: The values of the whole: a plain tensor of the whole's shape, the same on every rank; cast on the way.
+
+    Raises:
+        ValueError: The shapes differ; `target` is on the meta device, a flat shard of FSDP1, or a DTensor of which
+            each rank holds a summand, or a part that chunking does not give.
+
+    Example:
+        >>> weight = torch.empty(2, dtype=torch.bfloat16)
+        >>> fill(weight, torch.tensor([1.0, 2.0]))
+        >>> weight.tolist()
+        [1.0, 2.0]
+    """
+    if is_flat(target):
+        raise ValueError(
+            "target is a flat shard of FSDP1, which has lost its shape; fill it before the model is wrapped"
+        )
+    if target.is_meta:
+        raise ValueError(
+            "target is on the meta device and holds no values; materialise it by to_empty(device=...) first"
+        )
+    if target.shape != full.shape:
+        raise ValueError(
+            f"full must have the shape of the whole target, {tuple(target.shape)}, got {tuple(full.shape)};"
+            " give the values of all ranks, not those of one"
+        )
+    with torch.no_grad():
+        part = _part_of(full, target) if _is_dtensor(target) else full
+        if part is not None:
+            local(target.detach()).copy_(part)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of `values` over all ranks, in one collective; every rank has to call it.
 
@@ -282,6 +318,42 @@ class Sharding:
             for tensor, holders in zip(tensors, self._holders, strict=True)
         ]
         return torch.tensor(shares, dtype=torch.float64, device=self._device)
+
+
+def _part_of(full: Tensor, target: DTensor) -> Tensor | None:
+    """What this rank holds of a DTensor whose whole is `full`; None where it is not in the mesh."""
+    if is_partial(target):
+        raise ValueError(
+            f"target is partial ({target.placements}): each rank holds a summand, and many sums are the same;"
+            " redistribute it to Replicate() or Shard(...) first"
+        )
+    mesh = target.device_mesh
+    where = mesh.get_coordinate()
+    if where is None:
+        return None
+    part = full
+    for dimension in _cutting_order(target):
+        axis: int = target.placements[dimension].dim  # type: ignore[attr-defined]  # replicas are not cut
+        pieces = part.chunk(mesh.size(dimension), axis)
+        empty = part.narrow(axis, 0, 0)  # where there are fewer pieces than ranks
+        part = pieces[where[dimension]] if where[dimension] < len(pieces) else empty
+    if part.shape != target.to_local().shape:
+        raise ValueError(
+            f"target is split in a way that is not known: of {tuple(full.shape)} by {target.placements} on {mesh} this"
+            f" rank holds {tuple(target.to_local().shape)}, not {tuple(part.shape)}; fill it before it is split"
+        )
+    return part
+
+
+def _cutting_order(tensor: DTensor) -> list[int]:
+    """The mesh dimensions that split a tensor, in the order in which they were applied.
+
+    That is from left to right, but for strided ones: FSDP2, whose mesh dimension stands on the left, cuts up what
+    tensor parallelism on the right has cut out already.
+    """
+    split = [dimension for dimension, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    strided = [dimension for dimension in split if hasattr(tensor.placements[dimension], "split_factor")]
+    return [dimension for dimension in split if dimension not in strided] + strided[::-1]
 
 
 def _layout(tensor: Tensor) -> Any:
