@@ -1,0 +1,265 @@
+"""What a recorded forward pass does between stations, and how to do it again with other numbers."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_gradhealth.tracing import INPUT, VIEWS, Event, Graph, Ref, Station
+
+MANY = 1 << 17  # numbers that need no better order than a random one
+CORRELATION = 0.5  # of neighbouring positions: within a factor of 2 of both extremes, whatever is pooled
+_CPU = torch.device("cpu")  # one place, so that the gains are the same to the last bit
+PRODUCTS = {"mm", "bmm", "baddbmm"}
+_ELEMENTWISE = {"copy", "_prelu_kernel"}  # without torch's tag
+
+
+class Path:
+    """The events from the stations behind a value to that value."""
+
+    def __init__(self, graph: Graph, value: int, at: int, stds: dict[int, float]) -> None:
+        self.graph, self.trace = graph, graph.trace
+        self.value = value
+        self.events, self.sources = graph.between(value, at)
+        self.stds = {source: std for source, std in stds.items() if source in self.sources and std != 1.0}
+        self.order = sorted(self.sources)
+        self._live = {self.trace.base[value] for source in self.sources for value in self.begins(source)}
+        for index in self.events:
+            if self.is_live(self.trace.events[index]):
+                self._live.update(self.trace.base[value] for value in self.trace.events[index].outputs)
+
+    def is_live(self, event: Event) -> bool:
+        """Whether an event reads what depends on the signal."""
+        return any(self.trace.base[value] in self._live for value in event.reads)
+
+    def operations(self) -> tuple[str, ...]:
+        """Names of what is done to the signal, without views."""
+        events = [self.trace.events[index] for index in self.events]
+        return tuple(event.name for event in events if self.is_live(event) and event.name not in VIEWS)
+
+    def is_elementwise(self) -> bool:
+        """Whether nothing on the way mixes elements of the signal or selects among them."""
+        for index in self.events:
+            event = self.trace.events[index]
+            if self.is_live(event):
+                like = event.name.endswith("_like")
+                if not (
+                    like or event.name in VIEWS or torch.Tag.pointwise in event.func.tags or event.name in _ELEMENTWISE
+                ):
+                    return False
+        return True
+
+    def offset(self, source: int, *, flat: bool = False) -> Tensor | float:
+        """What a bias that is kept adds to the signal of a weight; `flat`: as one number, or a ValueError."""
+        station = self.graph.stations.get(source)
+        kept = [value for value in (station.bias if station is not None else ()) if value in self.graph.kept]
+        if not kept:
+            return 0.0
+        bias = self.trace.parameters[kept[0]].detach().to("cpu", torch.float32)
+        if flat:
+            if not bool((bias == bias.flatten()[0]).all()):
+                raise ValueError("not the same for all elements")
+            return float(bias.flatten()[0])
+        shape = self.trace.shapes[self.begins(source)[0]]
+        if bias.dim() == 1 and "conv" in self.trace.events[source].name:
+            return bias.view(-1, *[1] * (len(shape) - 2))
+        return bias
+
+    def averages(self) -> int:
+        """Over how many positions the last product of two signals sums; 0 without one."""
+        found = 0
+        for index in self.events:
+            event = self.trace.events[index]
+            active = [value for value in event.reads if self.graph.sources(value, index)]
+            if event.name in PRODUCTS and len(active) > 1:
+                found = self.trace.shapes[active[-2]][-1]
+        return found
+
+    def begins(self, source: int) -> list[int]:
+        """The values that a source gives."""
+        values = self.trace.inputs if source == INPUT else self.trace.events[source].outputs
+        return [value for value in values if self.trace.floating[value]]
+
+    def numel(self) -> int:
+        """Number of elements of the value at the end."""
+        return math.prod(self.trace.shapes[self.value])
+
+    def is_whole(self) -> bool:
+        """Whether the value has as many elements as what its one source gives."""
+        if len(self.order) != 1:
+            return False
+        (first, *_) = self.begins(self.order[0])
+        return math.prod(self.trace.shapes[first]) == self.numel()
+
+    def total(self) -> int:
+        """Number of elements of all values on the way."""
+        return sum(
+            math.prod(self.trace.shapes[value]) for index in self.events for value in self.trace.events[index].outputs
+        )
+
+    def largest(self) -> int:
+        """Number of elements of the largest value on the way."""
+        values = [value for index in self.events for value in self.trace.events[index].outputs]
+        return max((math.prod(self.trace.shapes[value]) for value in [*values, self.value]), default=0)
+
+    def key(self) -> Any:
+        """Equal for paths that do the same to signals of the same shapes."""
+        numbers: dict[int, int] = {}
+
+        def local(value: int) -> Any:
+            if value in self.trace.parameters:
+                return self._fingerprint(self.trace.parameters[value])
+            if value in self.trace.constants:
+                return self._fingerprint(self.trace.constants[value])
+            return numbers.setdefault(value, len(numbers)), self.trace.shapes[value]
+
+        parts: list[Any] = []
+        for index in sorted({*self.events, *self.order}):
+            if index == INPUT:
+                parts += [("input", local(value)) for value in self.trace.inputs]
+                continue
+            event = self.trace.events[index]
+            outputs = tuple(local(value) for value in event.outputs)
+            if index in self.sources:
+                station = self.graph.stations[index]
+                biases = tuple(local(value) for value in station.bias if value in self.graph.kept)
+                parts.append(("source", outputs, self.stds.get(index, 1.0), _channel_axis(self.graph, index), biases))
+                continue
+            arguments = tree_map(
+                lambda leaf: local(leaf.value) if isinstance(leaf, Ref) else repr(leaf),
+                (event.args, event.kwargs),
+                is_leaf=lambda part: isinstance(part, Ref),
+            )
+            parts.append((str(event.func), repr(arguments), outputs))
+        return (*parts, local(self.value))
+
+    def _fingerprint(self, tensor: Tensor) -> Any:
+        """Tells tensors of different values apart, as far as that is cheap."""
+        tensor = self.trace.by_class.get(id(tensor), tensor)
+        if tensor.numel() <= 8 and not tensor.is_meta and type(tensor).__name__ != "FakeTensor":
+            return "values", tuple(tensor.shape), tuple(tensor.detach().flatten().tolist())
+        return "tensor", id(tensor)
+
+
+class WeightPath(Path):
+    """The events from parameters to the weight that they make."""
+
+    def __init__(self, graph: Graph, station: Station, events: list[int]) -> None:
+        self.graph, self.trace = graph, graph.trace
+        self.value = -1 if station.operand is None else station.operand
+        self.events, self.sources, self.stds, self.order, self._live = events, frozenset(), {}, [], set()
+
+
+class Run:
+    """One execution of a path."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, given: Callable[[int], Tensor], *, flat: bool = False) -> None:
+        self._path, self._trace, self._graph = path, path.trace, path.graph
+        self._dtype, self._given, self._flat = dtype, given, flat
+        self._values: dict[int, Any] = {}
+
+    def result(self, known: Mapping[int, Tensor] | None = None) -> Tensor:
+        """The value at the end of the path, where some values are given."""
+        self._values.update(known or {})
+        for index in sorted({*self._path.events, *self._path.sources}):
+            if index in self._path.sources:
+                self._values.update((value, self._given(value)) for value in self._path.begins(index))
+            else:
+                self._execute(index, self._trace.events[index])
+        result = self._look_up(self._path.value)
+        if not isinstance(result, Tensor):
+            raise TypeError("the path ends in no tensor")
+        return result
+
+    def _execute(self, index: int, event: Event) -> None:
+        reads = event.reads
+        if self._flat and reads and event.name in VIEWS:
+            self._values.update(dict.fromkeys(event.outputs, self._look_up(reads[0])))
+            return
+        args, kwargs = (self._arguments(part, index) for part in (event.args, event.kwargs))
+        output = event.func(*args, **kwargs)
+        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if self._flat and not self._path.is_live(event):
+            results = [self._collapsed(result) for result in results]
+        self._values.update(zip(event.outputs, results, strict=True))
+
+    def _arguments(self, tree: Any, index: int) -> Any:
+        def given(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return self._look_up(leaf.value)
+            if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+                return self._dtype
+            return _CPU if isinstance(leaf, torch.device) else leaf
+
+        return tree_map(given, tree, is_leaf=lambda part: isinstance(part, Ref))
+
+    def _look_up(self, value: int) -> Any:
+        if value not in self._values:
+            known: Tensor | None = self._trace.parameters.get(value)
+            known = self._trace.constants.get(value, known)
+            known = self._trace.inputs.get(value, known)
+            if known is None:
+                raise KeyError(f"value {value} is not on the path")
+            real = self._real(known)
+            if value in self._graph.biases and value not in self._graph.kept:  # they begin at 0, whatever they hold now
+                real.zero_()
+            self._values[value] = self._collapsed(real) if self._flat else real
+        return self._values[value]
+
+    def _real(self, tensor: Tensor) -> Tensor:
+        """A copy to work on, in the replay's precision and place."""
+        tensor = self._trace.by_class.get(id(tensor), tensor)
+        if tensor.is_meta:  # no values: a scale that does nothing
+            return torch.ones(tensor.shape, dtype=self._dtype, device=_CPU)
+        dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(_CPU, dtype, copy=True)
+
+    def _collapsed(self, tensor: Tensor) -> Tensor:
+        """A tensor of equal elements as a scalar, which goes with any shape."""
+        if tensor.dim() and tensor.numel():
+            first = tensor.flatten()[0]
+            if not bool((tensor == first).all()):
+                raise ValueError("not the same for all elements")
+            return first.clone()
+        return tensor
+
+
+def noise(path: Path, source: int, value: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers, shape (draws, *shape of the value); those of one channel at several positions are correlated."""
+    shape, std = path.trace.shapes[value], path.stds.get(source, 1.0)
+    numbers = _normal((draws, *shape), generator)
+    channel = _channel_axis(path.graph, source)
+    if channel is None or len(shape) < 3 or path.averages():  # what attention averages is followed apart
+        return std * numbers
+    common_shape = [size if axis in (0, channel % len(shape)) else 1 for axis, size in enumerate(shape)]
+    common = _normal((draws, *common_shape), generator)
+    return std * (math.sqrt(CORRELATION) * common + math.sqrt(1 - CORRELATION) * numbers)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal quantiles in random order: as random as normal numbers, their moments far less so."""
+    numel = math.prod(shape)
+    if numel > MANY:  # so many that the order of quantiles would cost more than it gains
+        return torch.randn(shape, generator=generator, device=_CPU)
+    order = torch.randperm(numel, generator=generator, device=_CPU)
+    return _quantiles(numel)[order].view(shape)
+
+
+@functools.lru_cache(4)
+def _quantiles(number: int) -> Tensor:
+    quantiles: Tensor = torch.special.ndtri((torch.arange(number, dtype=torch.float64) + 0.5) / max(number, 1))
+    return quantiles.float()
+
+
+def _channel_axis(graph: Graph, source: int) -> int | None:
+    """The axis of the features in what a station gives; all others but the first are positions."""
+    if source == INPUT:
+        return None
+    name = graph.trace.events[source].name
+    return 1 if "conv" in name or "batch_norm" in name or "group_norm" in name else -1
