@@ -33,8 +33,11 @@ if TYPE_CHECKING:
         ZScoreClip as ZScoreClip,
     )
     from lightning_gradhealth.init import (
+        Axes as Axes,
         Fans as Fans,
         InitContext as InitContext,
+        InitPlan as InitPlan,
+        delta_orthogonal_ as delta_orthogonal_,
         fans as fans,
         gain as gain,
         glorot_normal_ as glorot_normal_,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
         kaiming_uniform_ as kaiming_uniform_,
         lecun_normal_ as lecun_normal_,
         lecun_uniform_ as lecun_uniform_,
+        plan_init as plan_init,
         register_initializer as register_initializer,
         variance_scaling_ as variance_scaling_,
         xavier_normal_ as xavier_normal_,
@@ -53,6 +57,7 @@ if TYPE_CHECKING:
     )
     from lightning_gradhealth.records import (
         Condition as Condition,
+        DepthPoint as DepthPoint,
         Finding as Finding,
         HealthReport as HealthReport,
         InitEntry as InitEntry,
@@ -96,6 +101,7 @@ _HOMES = {
     "rules": ("Rule", "Thresholds", "Verdict"),
     "records": (
         "Condition",
+        "DepthPoint",
         "Finding",
         "HealthReport",
         "InitEntry",
@@ -106,8 +112,11 @@ _HOMES = {
         "StepStats",
     ),
     "init": (
+        "Axes",
         "Fans",
         "InitContext",
+        "InitPlan",
+        "delta_orthogonal_",
         "fans",
         "gain",
         "glorot_normal_",
@@ -119,6 +128,7 @@ _HOMES = {
         "kaiming_uniform_",
         "lecun_normal_",
         "lecun_uniform_",
+        "plan_init",
         "register_initializer",
         "variance_scaling_",
         "xavier_normal_",

@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradhealth.ratios import median
+from lightning_gradhealth.ratios import fitted_gain, median
 from lightning_gradhealth.serial import Record
 
 if TYPE_CHECKING:
@@ -405,6 +405,9 @@ class InitEntry(Record):
         target_std: What the standard deviation should be (None: left alone).
         measured_std: What it is now (None where there are fewer than two elements).
         note: Why, where it is not obvious.
+        found: How the gain was found: "closed form", "quadrature", "replayed", "module order", "output", "override"
+            ("": it is the scheme's, or an initializer's).
+        follows: What the signal passes on its way to the next weight, with its gain, as "gelu 1.534".
 
     Example:
         >>> InitEntry("0.weight", "Linear", (8, 4), "Linear", "he", "normal", 4.0, 1.41, 0.707, 0.7).fan
@@ -422,6 +425,34 @@ class InitEntry(Record):
     target_std: float | None = None
     measured_std: float | None = None
     note: str = ""
+    found: str = ""
+    follows: str = ""
+
+
+@dataclass(frozen=True)
+class DepthPoint(Record):
+    """The signal at one weight, as the plan predicts it and as `calibrate=` measured it.
+
+    Attributes:
+        name: The weight's name.
+        forward: Predicted root mean square of what it gives (None: not known).
+        backward: Predicted RMS of the gradient at its output, relative to that at the last weight.
+        target: The standard deviation that its output should have: as predicted, or what `calibrate=` aims at.
+        before: The one that `calibrate=` measured as it came to the weight, those before it rescaled already (None:
+            not measured).
+        after: The one that it measured afterwards.
+
+    Example:
+        >>> DepthPoint("0.weight", forward=1.41, backward=1.0, target=1.41).after is None
+        True
+    """
+
+    name: str
+    forward: float | None = None
+    backward: float | None = None
+    target: float | None = None
+    before: float | None = None
+    after: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -431,6 +462,12 @@ class InitReport(Record):
     Attributes:
         entries: One for each parameter or block of one, in registration order.
         seed: The seed the draws came from; the same seed gives the same weights again.
+        source: How the model was read: "trace (fake tensors)", "trace (real batch)", "trace (meta)" or "module order"
+            ("": it was not, as the scheme needs nothing of it).
+        residual: What was done to residual branches: "none", "depth", "zero_last" or "fixup".
+        depth: The predicted signal at every weight, in order of use; empty without a trace.
+        notes: What else to know about the model as a whole.
+        applied: False where this is a plan that has not been carried out.
 
     Example:
         >>> InitReport(entries=(), seed=0).uncovered
@@ -439,11 +476,26 @@ class InitReport(Record):
 
     entries: tuple[InitEntry, ...] = ()
     seed: int = 0
+    source: str = ""
+    residual: str = "none"
+    depth: tuple[DepthPoint, ...] = ()
+    notes: tuple[str, ...] = ()
+    applied: bool = True
 
     @property
     def uncovered(self) -> tuple[str, ...]:
         """Names of the parameters that no rule knew, so that they kept their values."""
         return tuple(entry.name for entry in self.entries if entry.rule == "uncovered")
+
+    @property
+    def forward_gain(self) -> float | None:
+        """What the predicted signal is multiplied by from one weight to the next, fitted over all; None: not known."""
+        return fitted_gain([point.forward or 0.0 for point in reversed(self.depth)])
+
+    @property
+    def backward_gain(self) -> float | None:
+        """The same of the predicted gradient on its way back."""
+        return fitted_gain([point.backward or 0.0 for point in self.depth])
 
     def __repr__(self) -> str:
         kept = sum(entry.scheme == "kept" for entry in self.entries)

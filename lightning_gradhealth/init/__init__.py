@@ -1,10 +1,12 @@
 """Initialisation that keeps the variance of signals and gradients through any depth."""
 
+from lightning_gradhealth.init.axes import Axes
 from lightning_gradhealth.init.context import InitContext
 from lightning_gradhealth.init.fans import Fans, fans
 from lightning_gradhealth.init.gains import gain
 from lightning_gradhealth.init.handlers import register_initializer
-from lightning_gradhealth.init.plan import init_weights
+from lightning_gradhealth.init.orthogonal import delta_orthogonal_
+from lightning_gradhealth.init.plan import InitPlan, init_weights, plan_init
 from lightning_gradhealth.init.schemes import (
     glorot_normal_,
     glorot_uniform_,
@@ -20,8 +22,11 @@ from lightning_gradhealth.init.schemes import (
 )
 
 __all__ = [
+    "Axes",
     "Fans",
     "InitContext",
+    "InitPlan",
+    "delta_orthogonal_",
     "fans",
     "gain",
     "glorot_normal_",
@@ -33,6 +38,7 @@ __all__ = [
     "kaiming_uniform_",
     "lecun_normal_",
     "lecun_uniform_",
+    "plan_init",
     "register_initializer",
     "variance_scaling_",
     "xavier_normal_",

@@ -2,66 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from lightning_gradhealth.init.schemes import (
-    Scheme,
-    choose_fan,
-    drawing_dtype,
-    orthogonal_,
-    scaled_std,
-    variance_scaling_,
+from lightning_gradhealth.init.advice import Advice
+from lightning_gradhealth.init.blocks import Block, Draw
+from lightning_gradhealth.init.drawing import (
+    Drawing,
+    Geometry,
+    by_rows,
+    by_scheme,
+    by_singular_values,
+    by_std,
+    constant,
 )
+from lightning_gradhealth.init.owned import Owned
+from lightning_gradhealth.init.schemes import AUTO
+from lightning_gradhealth.init.settings import Settings, joined, recipe
 from lightning_gradhealth.records import InitEntry
-
-Draw = Callable[[Tensor, torch.Generator], object]
-
-
-class Owned(NamedTuple):
-    """A parameter, the module that owns it, and all its names: the first is its own, the others are ties.
-
-    `padding` is the row that an embedding, its owner or tied to it, never looks up for training.
-    """
-
-    parameter: nn.Parameter
-    module: nn.Module
-    names: tuple[str, ...]
-    padding: int | None
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is to be done to a parameter or to some rows of it; without `draw` it is left alone."""
-
-    entry: InitEntry
-    target: Tensor
-    draw: Draw | None
-    rows: slice | None = None
-    padding: int | None = None
-
-    def run(self, generator: torch.Generator) -> None:
-        """Fill the rows: drawn whole, in row-major order and on the CPU, then copied to where they live.
-
-        Raises:
-            ValueError: Not every element was filled with a number that the parameter can hold.
-        """
-        if self.draw is None:
-            return
-        numbers = torch.full(self.target.shape, torch.nan, dtype=drawing_dtype(self.target), device="cpu")
-        self.draw(numbers, generator)
-        if self.padding is not None:
-            numbers[self.padding] = self.target[self.padding].to(numbers)
-        if not numbers.to(self.target.dtype).isfinite().all():
-            raise ValueError(
-                f"the initializer {self.entry.rule} leaves NaN or Inf in {self.entry.name!r} ({self.target.dtype}): it"
-                " must fill every element in place, by numbers that the dtype can hold"
-            )
-        self.target.copy_(numbers)
 
 
 class InitContext:
@@ -69,18 +28,20 @@ class InitContext:
 
     Nothing is written before every module has had its say, so that a wrong argument leaves the model as it was.
     What is frozen, skipped or already decided by an enclosing module's initializer is passed over in silence; so
-    is None, as the bias of a layer without one. Methods that take `block` and `rows` may set a parameter by
-    parts, each of its rows once.
+    is None, as the bias of a layer without one. Methods that take `block`, `rows` and `axis` may set a parameter by
+    parts, each of its rows (or of the indices of another axis) once.
 
     Attributes:
-        scheme: "he", "xavier" or "lecun".
+        scheme: "auto", "he", "xavier", "lecun", "orthogonal" or "delta_orthogonal".
         distribution: "normal", "uniform" or "truncated_normal".
-        mode: The fan to divide by.
-        gain: The gain of the activation that the call expects behind its layers.
+        mode: The fan to divide by; None: the scheme's own.
+        gain: The gain of the activation that the call expects behind its layers; with "auto" only of those of which
+            the recorded forward pass says nothing.
         gamma: The factor on every gain.
-        tasks: What is to be done: for each parameter's name, its blocks ("": the whole).
+        blocks: What is to be done: for each parameter's name, its blocks ("": the whole).
 
     Example:
+        >>> import torch
         >>> from lightning_gradhealth.init import init_weights, register_initializer
         >>> class Shift(nn.Module):
         ...     def __init__(self, size):
@@ -96,17 +57,25 @@ class InitContext:
     def __init__(
         self,
         *,
-        scheme: Scheme,
-        distribution: str,
-        mode: str,
-        gain: float,
-        gamma: float,
-        owned: dict[int, Owned],
+        settings: Settings,
+        owned: Sequence[Owned],
+        advice: Mapping[int, Advice],
+        overrides: Mapping[str, Settings],
     ) -> None:
-        self.scheme, self.distribution, self.mode = scheme.name, distribution, mode
-        self.gain, self.gamma = gain, gamma
-        self.tasks: dict[str, dict[str, Task]] = {}
-        self._owned = owned
+        self.scheme, self.distribution, self.mode = settings.scheme.name, settings.distribution, settings.mode
+        self.gain, self.gamma = settings.gain, settings.gamma
+        self.blocks: dict[str, dict[str, Block]] = {}
+        self._settings, self._overrides = settings, overrides
+        self._owned = {id(each.parameter): each for each in owned}
+        self._advice = {
+            each.name: known
+            for each in owned
+            if (known := next((advice[id(p)] for p in each.originals.values() if id(p) in advice), None)) is not None
+        }
+        self._computed: dict[int, list[Owned]] = {}
+        for each in owned:
+            if each.computed is not None:
+                self._computed.setdefault(id(each.module), []).append(each)
         self._decided_by: dict[str, object] = {}
         self._visitor: object = None
         self._rule = ""
@@ -118,28 +87,82 @@ class InitContext:
     def leave(self, owned: Owned, rule: str, note: str = "") -> None:
         """Leave a parameter alone for a reason that no initializer overrules."""
         self.enter(rule)
-        self.keep(owned.parameter, note)
+        self._put(owned.parameter, Drawing(None, "kept"), note)
+
+    def set_constant(self, owned: Owned, rule: str, value: float, note: str) -> None:
+        """Set a parameter to one value, which no initializer overrules."""
+        self.enter(rule)
+        self._put(owned.parameter, constant(value), note)
+
+    def own(self, module: nn.Module) -> list[tuple[str, Tensor]]:
+        """The weights of a module itself of which nobody has decided yet, by their names in it.
+
+        Those that it computes (under weight_norm and the like) are among them; what they are computed from is not.
+
+        Args:
+            module: One of the model's modules.
+        """
+        computed = [
+            (each.computed.attribute, each.parameter) for each in self._computed.get(id(module), ()) if each.computed
+        ]
+        weights: list[tuple[str, Tensor]] = [*module.named_parameters(recurse=False), *computed]
+        return [(name, weight) for name, weight in weights if self.is_open(weight)]
+
+    def advice(self, parameter: Tensor) -> Advice | None:
+        """What the recorded forward pass, or the order of the modules, says about a parameter; None: nothing.
+
+        Args:
+            parameter: One of the model's parameters.
+        """
+        owned = self._owned.get(id(parameter))
+        return None if owned is None else self._advice.get(owned.name)
+
+    def knows_gain(self, parameter: Tensor) -> bool:
+        """Whether scheme "auto" knows a gain for this very parameter.
+
+        Args:
+            parameter: One of the model's parameters.
+        """
+        known = self.advice(parameter)
+        return self._settings_of(parameter).scheme is AUTO and known is not None and known.gain is not None
+
+    def owners(self, parameter: Tensor) -> list[nn.Module]:
+        """All modules that own a parameter: more than one where it is tied.
+
+        Args:
+            parameter: One of the model's parameters.
+        """
+        return self._of(parameter).owners
 
     def weight_(
         self,
-        parameter: nn.Parameter | None,
+        parameter: Tensor | None,
         *,
         fan_in: float | None = None,
         fan_out: float | None = None,
         gain: float | None = None,
+        in_axes: Sequence[int] | None = None,
+        out_axes: Sequence[int] | None = None,
+        groups: int = 1,
         block: str = "",
         rows: slice | None = None,
+        axis: int = 0,
         note: str = "",
     ) -> None:
-        """Draw a weight by the scheme: `std = gamma * gain / sqrt(fan)`.
+        """Draw a weight by the scheme: `std = gamma * gain / sqrt(fan)`, or orthogonal.
 
         Args:
             parameter: One of the model's parameters.
             fan_in: Terms an output sums; None: told by the shape (see `shape_fans`).
             fan_out: Terms an input's gradient sums; None: told by the shape.
-            gain: The gain; None: the call's. Give 1.0 where no activation follows.
+            gain: The gain; None: the one that the forward pass asks for (scheme "auto"), or the call's. Give 1.0
+                where no activation follows.
+            in_axes: Axes that are summed over; None: torch's convention, in 1 and out 0.
+            out_axes: Axes of the outputs; give both or neither.
+            groups: Groups along the first axis that know nothing of each other; only orthogonal schemes ask.
             block: Name of the block, where `rows` is only a part.
             rows: The rows to draw.
+            axis: The axis that `rows` counts along.
             note: Why, where it is not obvious.
 
         Raises:
@@ -147,50 +170,55 @@ class InitContext:
         """
         if parameter is None:
             return
-        gain = self.gain if gain is None else gain
-        fan = choose_fan(_part(parameter, rows).shape, self.mode, fan_in, fan_out)
-        std = scaled_std(gain, self.gamma, fan)
+        settings = self._settings_of(parameter)
+        if settings.std is None:
+            how = recipe(settings, self.advice(parameter), gain)
+            use = Geometry(fan_in, fan_out, _tuple(in_axes), _tuple(out_axes), groups)
+            drawing = by_scheme(how, _shape(parameter, rows, axis), use)
+        else:
+            drawing = by_std(settings.std, settings.distribution, settings.note)
+        self._put(parameter, drawing, note, block, rows, axis)
 
-        def draw(numbers: Tensor, generator: torch.Generator) -> None:
-            if numbers.numel():
-                variance_scaling_(
-                    numbers,
-                    gain=gain,
-                    gamma=self.gamma,
-                    distribution=self.distribution,
-                    fan_in=fan,
-                    generator=generator,
-                )
+    def lookup_(self, parameter: Tensor | None, *, note: str = "") -> None:
+        """Draw a table whose rows are read by index: every row of variance `(gamma * gain)^2`, whatever the scheme.
 
-        self.fill_(
-            parameter,
-            draw,
-            scheme=self.scheme,
-            distribution=self.distribution,
-            fan=fan,
-            gain=gain,
-            target_std=std,
-            block=block,
-            rows=rows,
-            note=note,
-        )
+        Args:
+            parameter: One of the model's parameters, shape (entries, width).
+            note: Why, where it is not obvious.
+
+        Raises:
+            ValueError: `parameter` is none of the model's.
+        """
+        if parameter is None:
+            return
+        settings = self._settings_of(parameter)
+        if settings.std is None:
+            known = self.knows_gain(parameter)
+            drawing = by_rows(recipe(settings, self.advice(parameter), None if known else 1.0))
+        else:
+            drawing = by_std(settings.std, settings.distribution, settings.note)
+        self._put(parameter, drawing, note)
 
     def orthogonal_(
         self,
-        parameter: nn.Parameter | None,
+        parameter: Tensor | None,
         *,
         gain: float = 1.0,
         block: str = "",
         rows: slice | None = None,
+        axis: int = 0,
         note: str = "",
     ) -> None:
         """Draw a matrix whose singular values are all `gain`; the call's gain and gamma do not scale it.
+
+        An override that names a scheme, a gain or a std for the parameter has its way.
 
         Args:
             parameter: One of the model's parameters, a matrix.
             gain: The singular values.
             block: Name of the block, where `rows` is only a part.
             rows: The rows that form the matrix.
+            axis: The axis that `rows` counts along.
             note: Why, where it is not obvious.
 
         Raises:
@@ -198,27 +226,26 @@ class InitContext:
         """
         if parameter is None:
             return
-        shape = _part(parameter, rows).shape
+        shape = _shape(parameter, rows, axis)
         if len(shape) != 2:
-            raise ValueError(f"parameter must be a matrix, got the shape {tuple(shape)}; use weight_ or fill_ for it")
-        self.fill_(
-            parameter,
-            lambda numbers, generator: orthogonal_(numbers, generator=generator).mul_(gain),
-            scheme="orthogonal",
-            gain=gain,
-            target_std=gain * max(1, *shape) ** -0.5,
-            block=block,
-            rows=rows,
-            note=note,
-        )
+            raise ValueError(f"parameter must be a matrix, got the shape {shape}; use weight_ or fill_ for it")
+        override = self._overrides.get(self._of(parameter).name)
+        if override is not None and (override.std is not None or override.names_scheme):
+            self.weight_(parameter, gain=gain, block=block, rows=rows, axis=axis, note=note)
+            return
+        if override is not None:
+            gain = (override.fixed_gain or gain) * override.gamma / self.gamma
+            note = joined(note, override.note)
+        self._put(parameter, by_singular_values(gain, shape), note, block, rows, axis)
 
     def constant_(
         self,
-        parameter: nn.Parameter | None,
+        parameter: Tensor | None,
         value: float,
         *,
         block: str = "",
         rows: slice | None = None,
+        axis: int = 0,
         note: str = "",
     ) -> None:
         """Set every element to one value.
@@ -228,22 +255,16 @@ class InitContext:
             value: The value.
             block: Name of the block, where `rows` is only a part.
             rows: The rows to set.
+            axis: The axis that `rows` counts along.
             note: Why, where it is not obvious.
 
         Raises:
             ValueError: `parameter` is none of the model's.
         """
-        self.fill_(
-            parameter,
-            lambda numbers, _: numbers.fill_(value),
-            scheme="constant",
-            target_std=0.0,
-            block=block,
-            rows=rows,
-            note=note or f"= {value:g}",
-        )
+        if parameter is not None and self._of(parameter).name not in self._overrides:
+            self._put(parameter, constant(value, note), "", block, rows, axis)
 
-    def keep(self, parameter: nn.Parameter | None, note: str = "") -> None:
+    def keep(self, parameter: Tensor | None, note: str = "") -> None:
         """Leave a parameter as it is, and count it as covered.
 
         Args:
@@ -257,7 +278,7 @@ class InitContext:
 
     def fill_(
         self,
-        parameter: nn.Parameter | None,
+        parameter: Tensor | None,
         draw: Draw | None,
         *,
         scheme: str = "custom",
@@ -265,11 +286,14 @@ class InitContext:
         fan: float | None = None,
         gain: float | None = None,
         target_std: float | None = None,
+        found: str = "",
+        follows: str = "",
         block: str = "",
         rows: slice | None = None,
+        axis: int = 0,
         note: str = "",
     ) -> None:
-        """Fill a parameter by a function of your own; all other ways end here.
+        """Fill a parameter by a function of your own.
 
         Args:
             parameter: One of the model's parameters.
@@ -281,54 +305,79 @@ class InitContext:
             fan: For the report: the fan behind the std.
             gain: For the report: the gain behind the std.
             target_std: For the report: what the std should be.
+            found: For the report: how the gain was found.
+            follows: For the report: what the signal passes on its way to the next weight.
             block: Name of the block, where `rows` is only a part.
             rows: The rows to fill.
+            axis: The axis that `rows` counts along.
             note: Why, where it is not obvious.
 
         Raises:
             ValueError: `parameter` is none of the model's.
         """
-        if parameter is None:
+        if parameter is None or self._of(parameter).name in self._overrides:
             return
-        if (owned := self._owned.get(id(parameter))) is None:
-            raise ValueError(
-                f"parameter must be one of the model's own, got a tensor with the shape"
-                f" {tuple(parameter.shape)} from the initializer {self._rule}; tensors that are computed from"
-                f" parameters (parametrized, normalised) cannot be set"
-            )
-        name = owned.names[0]
-        if self._decided_by.setdefault(name, self._visitor) is not self._visitor:
-            return
-        target = _part(parameter, rows)
-        padding = owned.padding if rows is None and draw is not None else None
-        if padding is not None:
-            note = "; ".join(filter(None, (note, f"row {padding}, the padding, is kept")))
-        entry = InitEntry(
-            name=f"{name}[{block}]" if block else name,
-            module=type(owned.module).__name__,
-            shape=tuple(target.shape),
-            rule=self._rule,
-            scheme=scheme,
-            distribution=distribution,
-            fan=fan,
-            gain=gain,
-            target_std=target_std,
-            note=note,
-        )
-        blocks = self.tasks.setdefault(name, {})
-        if not block:
-            blocks.clear()
-        blocks[block] = Task(entry, target, draw, rows, padding)
+        how = Drawing(draw, scheme, distribution, fan, gain, target_std, found, follows, note)
+        self._put(parameter, how, "", block, rows, axis)
 
-    def is_open(self, parameter: nn.Parameter) -> bool:
+    def is_open(self, parameter: Tensor) -> bool:
         """Whether it is still to be decided what becomes of a parameter.
 
         Args:
             parameter: One of the model's parameters.
         """
         owned = self._owned.get(id(parameter))
-        return owned is not None and owned.names[0] not in self._decided_by
+        return owned is not None and owned.name not in self._decided_by
+
+    def _of(self, parameter: Tensor) -> Owned:
+        if (owned := self._owned.get(id(parameter))) is None:
+            raise ValueError(
+                f"parameter must be one of the model's own, got a tensor with the shape"
+                f" {tuple(parameter.shape)} from the initializer {self._rule}; tensors that are computed from"
+                f" parameters cannot be set"
+            )
+        return owned
+
+    def _put(
+        self, parameter: Tensor, how: Drawing, note: str, block: str = "", rows: slice | None = None, axis: int = 0
+    ) -> None:
+        """Have a parameter, or a block of it, filled as a drawing says; all ways end here."""
+        owned = self._of(parameter)
+        if self._decided_by.setdefault(owned.name, self._visitor) is not self._visitor:
+            return
+        note = joined(note, how.note)
+        padding = owned.padding if rows is None and how.draw is not None else None
+        if padding is not None:
+            note = joined(note, f"row {padding}, the padding, is kept")
+        entry = InitEntry(
+            name=f"{owned.name}[{block}]" if block else owned.name,
+            module=type(owned.module).__name__,
+            shape=_shape(parameter, rows, axis),
+            rule=self._rule,
+            scheme=how.scheme,
+            distribution=how.distribution,
+            fan=how.fan,
+            gain=how.gain,
+            target_std=how.target_std,
+            note=note,
+            found=how.found,
+            follows=how.follows,
+        )
+        blocks = self.blocks.setdefault(owned.name, {})
+        if not block:
+            blocks.clear()
+        blocks[block] = Block(entry, how.draw, axis, rows)
+
+    def _settings_of(self, parameter: Tensor) -> Settings:
+        return self._overrides.get(self._of(parameter).name, self._settings)
 
 
-def _part(parameter: Tensor, rows: slice | None) -> Tensor:
-    return parameter.detach() if rows is None else parameter.detach()[rows]
+def _shape(parameter: Tensor, rows: slice | None, axis: int) -> tuple[int, ...]:
+    shape = list(parameter.shape)
+    if rows is not None:
+        shape[axis] = len(range(shape[axis])[rows])
+    return tuple(shape)
+
+
+def _tuple(axes: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if axes is None else tuple(axes)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from functools import singledispatch
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_gradhealth.init.axes import ATTRIBUTE, draw_declared
 from lightning_gradhealth.init.context import InitContext
 from lightning_gradhealth.init.fans import fans
 from lightning_gradhealth.init.gains import gain as gain_of
+from lightning_gradhealth.init.owned import Owned
 
 H = TypeVar("H", bound=Callable[..., None])
 
@@ -24,11 +26,29 @@ def initialize(module: nn.Module, context: InitContext) -> None:
 
 
 def visit(module: nn.Module, context: InitContext) -> None:
-    """Let the initializers of a module's class and then of its bases decide about what is still open."""
+    """Let the initializers of a module's class and then of its bases decide about what is still open.
+
+    The axes that a class declares come after an initializer that was registered for that class, before its bases.
+    """
     for kind in type(module).__mro__:
         if kind in initialize.registry and kind is not object:
             context.enter(_RULES.get(kind, kind.__name__))
             initialize.registry[kind](module, context)
+        if ATTRIBUTE in vars(kind):
+            context.enter(kind.__name__)
+            draw_declared(module, vars(kind)[ATTRIBUTE], context)
+
+
+def reaches(owned: Owned, by_class: bool) -> bool:
+    """Whether an override that names a scheme, a gain or a std means a parameter.
+
+    It means weights: parameters of two axes or more that belong to no normalisation. By name it also means vectors,
+    except those of torch's own modules: their biases and scales keep their rule under a pattern such as ".*".
+    """
+    if any(isinstance(owner, NORMS) for owner in owned.owners):
+        return False
+    kind = next(kind for kind in type(owned.module).__mro__ if kind in initialize.registry)
+    return owned.parameter.ndim > 1 or (not by_class and (kind is object or kind in _RULES))
 
 
 def register_initializer(module_type: type[nn.Module]) -> Callable[[H], H]:
@@ -75,38 +95,72 @@ def register_initializer(module_type: type[nn.Module]) -> Callable[[H], H]:
 
 
 # --- the modules of torch ----------------------------------------------------------------------------------
-# Each handler asks for parameters that the module itself owns: the tensor that a parametrized layer, or one
-# under weight_norm, computes as its weight is none, and what it is computed from stays uncovered.
+# Each handler asks the context for the weights of the module itself: what it computes by a parametrization is among
+# them, what that is computed from is not.
 
 
-def _open(module: nn.Module, context: InitContext) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that a module itself owns and that nobody has decided about."""
-    return [(n, p) for n, p in module.named_parameters(recurse=False) if context.is_open(p)]
-
-
-def _weighted(module: nn.Module, context: InitContext, gain: float | None = None) -> None:
-    for name, parameter in _open(module, context):
-        if name == "weight" and parameter.ndim > 1:
+def _weighted(module: nn.Module, context: InitContext) -> None:
+    for name, parameter in context.own(module):
+        if name == "weight" and parameter.ndim > 1 and not _is_state(parameter, context):
             fan_in, fan_out = fans(module)
-            context.weight_(parameter, fan_in=fan_in or None, fan_out=fan_out or None, gain=gain)
+            context.weight_(parameter, fan_in=fan_in or None, fan_out=fan_out or None)
+        elif name == "bias":
+            _bias(parameter, context)
+
+
+def _convolution(module: nn.Conv2d, context: InitContext) -> None:
+    for name, parameter in context.own(module):
+        if name == "weight" and parameter.ndim > 1 and not _is_state(parameter, context):
+            fan_in, fan_out = fans(module)
+            ins, outs = ((0,), (1,)) if module.transposed else ((1,), (0,))
+            context.weight_(
+                parameter,
+                fan_in=fan_in or None,
+                fan_out=fan_out or None,
+                in_axes=ins,
+                out_axes=outs,
+                groups=module.groups,
+            )
+        elif name == "bias":
+            _bias(parameter, context)
+
+
+def _bias(parameter: Tensor, context: InitContext) -> None:
+    if not _is_state(parameter, context):
+        context.constant_(parameter, 0.0)
+
+
+def _is_state(parameter: Tensor, context: InitContext) -> bool:
+    """Whether a forward of its own uses it as something else than its module does: a step size, a gate, a factor."""
+    known = context.advice(parameter)
+    return known is not None and known.role == "state"
+
+
+def _embedding(module: nn.Embedding | nn.EmbeddingBag, context: InitContext) -> None:
+    for name, parameter in context.own(module):
+        if name == "weight" and not _also_weight(parameter, context):
+            context.lookup_(parameter)
+
+
+def _also_weight(parameter: Tensor, context: InitContext) -> bool:
+    """Whether a table of embeddings is also multiplied with activations: what comes out there decides its scale."""
+    known = context.advice(parameter)
+    tied = any(isinstance(owner, WEIGHTED) for owner in context.owners(parameter))
+    return tied or (known is not None and known.role == "weight")
+
+
+def _norm(module: nn.Module, context: InitContext) -> None:
+    for name, parameter in context.own(module):
+        if name == "weight":
+            known = context.advice(parameter)
+            factor = 1.0 if known is None else known.factor  # 0 where the norm ends a branch that starts silent
+            context.constant_(parameter, factor, note="" if factor == 1 else f"= {factor:g}: ends a residual branch")
         elif name == "bias":
             context.constant_(parameter, 0.0)
 
 
-def _embedding(module: nn.Embedding | nn.EmbeddingBag, context: InitContext) -> None:
-    for name, parameter in _open(module, context):
-        if name == "weight":
-            context.weight_(parameter, fan_in=1, fan_out=1, gain=1.0)
-
-
-def _norm(module: nn.Module, context: InitContext) -> None:
-    for name, parameter in _open(module, context):
-        if name in ("weight", "bias"):
-            context.constant_(parameter, 1.0 if name == "weight" else 0.0)
-
-
 def _prelu(module: nn.PReLU, context: InitContext) -> None:
-    for name, parameter in _open(module, context):
+    for name, parameter in context.own(module):
         if name == "weight":
             context.keep(parameter, "the slopes were chosen when the module was made")
 
@@ -118,7 +172,7 @@ _GATES = {1: ("",), 3: ("reset", "update", "new"), 4: ("input", "forget", "cell"
 def _recurrent(module: nn.RNNBase | nn.RNNCellBase, context: InitContext) -> None:
     size = module.hidden_size
     gain = gain_of("relu") if getattr(module, "nonlinearity", "") == "relu" else 1.0  # of an RNN; gates have none
-    for name, parameter in _open(module, context):
+    for name, parameter in context.own(module):
         match = _RECURRENT.fullmatch(name)
         if match is None:
             continue
@@ -136,12 +190,13 @@ def _recurrent(module: nn.RNNBase | nn.RNNCellBase, context: InitContext) -> Non
                 context.orthogonal_(parameter, gain=gain, block=gate, rows=rows)
             else:
                 fan_in, fan_out = fans(module, name)
-                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=gain, block=gate, rows=rows)
+                own = None if context.knows_gain(parameter) else gain
+                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=own, block=gate, rows=rows)
 
 
 def _attention(module: nn.MultiheadAttention, context: InitContext) -> None:
     size = module.embed_dim
-    for name, parameter in _open(module, context):
+    for name, parameter in context.own(module):
         if name == "in_proj_bias":
             context.constant_(parameter, 0.0)
         elif name in (
@@ -156,8 +211,13 @@ def _attention(module: nn.MultiheadAttention, context: InitContext) -> None:
             fan_in, fan_out = fans(module, name)
             for index, block in enumerate(blocks):
                 rows = slice(index * size, (index + 1) * size) if block else None
-                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=1.0, block=block, rows=rows)
-    _weighted(module.out_proj, context, gain=1.0)
+                gain = None if context.knows_gain(parameter) else 1.0
+                context.weight_(parameter, fan_in=fan_in, fan_out=fan_out, gain=gain, block=block, rows=rows)
+    for name, parameter in context.own(module.out_proj):
+        if name == "weight":
+            context.weight_(parameter, gain=None if context.knows_gain(parameter) else 1.0)
+        elif name == "bias":
+            context.constant_(parameter, 0.0)
 
 
 def _install(handler: Callable[..., None], *kinds: type[nn.Module]) -> None:
@@ -165,12 +225,18 @@ def _install(handler: Callable[..., None], *kinds: type[nn.Module]) -> None:
         initialize.register(kind, handler)
 
 
-_install(_weighted, nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_install(_weighted, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Linear, nn.Bilinear, *CONVOLUTIONS)
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+)
+
+_install(_weighted, nn.Linear, nn.Bilinear)
+_install(_convolution, *CONVOLUTIONS)
 _install(_embedding, nn.Embedding, nn.EmbeddingBag)
 _install(_recurrent, nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 _install(_attention, nn.MultiheadAttention)
-_install(_norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_install(_norm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_install(_norm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_install(_norm, *NORMS)
 _install(_prelu, nn.PReLU)

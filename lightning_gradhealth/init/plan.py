@@ -1,244 +1,376 @@
-"""`init_weights`: one call for a whole model, with an account of every parameter."""
+"""`init_weights` and `plan_init`: one call for a whole model, with an account of every parameter."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils import parametrize
 
-from lightning_gradhealth.init.checks import one_of, positive
-from lightning_gradhealth.init.context import InitContext, Owned, Task
-from lightning_gradhealth.init.fans import MODES
-from lightning_gradhealth.init.gains import Nonlinearity, gain
-from lightning_gradhealth.init.handlers import visit
-from lightning_gradhealth.init.schemes import DISTRIBUTIONS, SCHEMES, why_not_whole
+from lightning_gradhealth.init.advice import Advised
+from lightning_gradhealth.init.auto import advise
+from lightning_gradhealth.init.binding import bind
+from lightning_gradhealth.init.calibration import Calibrated, calibrate as calibrate_weights
+from lightning_gradhealth.init.call import Call, check_call
+from lightning_gradhealth.init.decide import WOULD_TELL, decide
+from lightning_gradhealth.init.gains import Nonlinearity
+from lightning_gradhealth.init.overrides import Overrides
+from lightning_gradhealth.init.owned import Owned, check_shapes, owned_by
+from lightning_gradhealth.init.parametrized import has_computed
+from lightning_gradhealth.init.parts import Part, in_order, target_of
+from lightning_gradhealth.init.settings import joined
+from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import clean_name, unwrap
-from lightning_gradhealth.records import InitEntry, InitReport
+from lightning_gradhealth.records import DepthPoint, InitEntry, InitReport
 
 
 def init_weights(
     model: nn.Module,
+    example_inputs: Any = None,
     *,
-    scheme: str,
+    scheme: str = "auto",
     distribution: str = "normal",
     mode: str | None = None,
-    nonlinearity: Nonlinearity = None,
+    nonlinearity: Nonlinearity = "auto",
     gamma: float = 1.0,
+    overrides: Overrides = (),
+    residual: str = "auto",
+    calibrate: Any = None,
     skip: str | Sequence[str] = (),
     seed: int | None = None,
     on_uncovered: str = "warn",
+    dry_run: bool = False,
 ) -> InitReport:
-    """Initialise all parameters of a model in place, each by the kind of module that owns it.
+    r"""Initialise all parameters of a model in place, so that signals and gradients keep their scale through it.
+
+    With `example_inputs` one recorded forward pass shows what lies between a weight and the next: whatever the
+    activation, functional or your own, its gain is found; parameters that are multiplied with activations are
+    weights, whoever owns them; and residual branches are known. Without, a guess at what the first layer takes is
+    followed, and where none fits, the order of the modules has to serve.
 
     Weights get the variance `(gamma * gain)^2 / fan`, biases 0, norm layers 1 and 0. Recurrent layers are
-    drawn gate by gate, with orthogonal recurrent weights and a forget bias of 1 in total, attention
-    projection by projection; these and embeddings have gain 1 (an `nn.RNN` of ReLUs theirs). A tied parameter
-    is drawn once, by its first owner; a padding row, buffers and frozen parameters stay as they are.
+    drawn gate by gate, with orthogonal recurrent weights and a forget bias of 1 in total, attention projection by
+    projection; embeddings have variance 1 (1 / width where a norm takes their scale). A tied parameter is drawn once,
+    as the weight of a layer where it is one.
+    Weights under weight_norm, spectral_norm, pruning and other parametrizations are written through them. A padding
+    row, buffers, frozen parameters, those with the attribute `_no_reinit`, and state that is no weight (a scale, a
+    gate, a table of positions) or was set on purpose (a layer of zeros, a bias beyond torch's range) stay as they
+    are, and are listed.
 
     Each parameter has random numbers of its own, made from the seed and its name: the order of the modules,
-    device, dtype and memory format change nothing.
+    device, dtype, memory format and sharding change nothing.
 
     Args:
-        model: The model; its lazy modules initialised, its parameters on a real device and not sharded.
-        scheme: "he" ("kaiming"), "xavier" ("glorot") or "lecun".
+        model: The model; its lazy modules initialised, its parameters on a real device (see `plan_init` for meta).
+        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+            None: a LightningModule's `example_input_array`, where it has one.
+        scheme: "auto" (the gain of what follows, 1 for output layers), or one formula for all: "he" ("kaiming"),
+            "xavier" ("glorot"), "lecun", "orthogonal" or "delta_orthogonal" (convolutions; orthogonal elsewhere).
         distribution: "normal", "uniform" or "truncated_normal" (cut at two sigma, std corrected).
-        mode: "fan_in", "fan_out", "fan_avg" or "fan_geo"; None: the scheme's own (He and LeCun fan_in,
-            Xavier fan_avg).
-        nonlinearity: The activation behind the layers: a name, module or elementwise function; None: the
-            scheme's own (He ReLU, the others linear).
+        mode: "fan_in", "fan_out", "fan_avg" or "fan_geo"; None: the scheme's own (Xavier fan_avg, others fan_in).
+        nonlinearity: The activation behind all layers: a name, module or elementwise function (None: linear). "auto":
+            what is found, or the scheme's own (He ReLU, the others linear).
         gamma: A factor on every gain.
+        overrides: What takes precedence for some parameters: pairs (selector, action), or a dict of them; the first
+            match wins. A selector is a class of modules (the parameters that such modules own), a regular expression
+            that matches whole names, or a predicate `fn(name, parameter)`. An action is a scheme, "skip", "zeros",
+            "ones", a gain, or a dict with some of scheme, gain, gamma, mode, distribution, or with a std, or with a
+            value for every element. Schemes, gains and stds reach weights (two axes or more, no norm layers; by name
+            also raw vectors), the other actions everything selected. A gain or a std is final: no residual factor.
+        residual: What the weights that end residual branches get: "none", "depth" (std times 1/sqrt(2 N)), "zero_last"
+            (0), "fixup" (Zhang et al. 2019), or "auto" (depth, unless norm layers hold the branches).
+        calibrate: A batch, as `example_inputs`: after the draw a real forward pass rescales every weight until its
+            output has variance 1 (times the square of a residual factor), but for gains and stds of overrides. It also
+            serves as `example_inputs` where there are none. None: not.
         skip: Regular expressions (or one) that match the whole names of parameters to leave alone.
         seed: Where all random numbers come from; the global random state then stays as it is. None: a seed
             is drawn from the global state, so that `torch.manual_seed` rules. On several processes give a
             seed, or set the global one alike.
-        on_uncovered: What to do where no initializer knows a parameter: "warn", "raise" (before anything
+        on_uncovered: What to do where nothing is known of a parameter: "warn", "raise" (before anything
             is changed) or "ignore".
+        dry_run: Only report what would be done: nothing is changed, the global random state included.
 
     Returns:
         What was done to every parameter, and why.
 
     Raises:
-        TypeError: `model` is no module, or `seed` no integer.
-        ValueError: An argument is out of range; a parameter is lazy, on the meta device or sharded; or one
-            is uncovered and `on_uncovered="raise"`.
+        TypeError: `model` is no module, `seed` no integer, or `overrides` no pairs.
+        ValueError: An argument is out of range; an override matches nothing or contradicts another; a parameter is
+            lazy, on the meta device or a flat shard; or one is uncovered and `on_uncovered="raise"`.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
-        >>> report = init_weights(model, scheme="he", seed=0)
-        >>> [(entry.name, entry.fan) for entry in report.entries]
-        [('0.weight', 512.0), ('0.bias', None), ('2.weight', 256.0), ('2.bias', None)]
-        >>> abs(model[0].weight.var().item() * 512 - 2) < 0.05
-        True
+        >>> model = nn.Sequential(nn.Linear(512, 256), nn.GELU(), nn.Linear(256, 10))
+        >>> report = init_weights(model, torch.randn(8, 512), seed=0)
+        >>> [entry.name for entry in report.entries]
+        ['0.weight', '0.bias', '2.weight', '2.bias']
+        >>> report = init_weights(model, scheme="he", overrides={r"2\.weight": {"std": 0.02}}, seed=0)
+        >>> abs(model[0].weight.var().item() * 512 - 2) < 0.05, round(report.entries[2].measured_std, 2)
+        (True, 0.02)
 
     Paper: He et al. 2015 (arXiv:1502.01852); Glorot and Bengio 2010; LeCun et al. 1998; for recurrent
     layers Saxe et al. 2014 (arXiv:1312.6120) and Jozefowicz et al. 2015.
     """
+    call = check_call(scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, on_uncovered)
+    if not dry_run:
+        return _plan(model, example_inputs, calibrate, call).apply()
+    state = RandomState.now()
+    try:
+        return _plan(model, example_inputs, calibrate, call).report
+    finally:
+        state.restore()
+
+
+def plan_init(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    scheme: str = "auto",
+    distribution: str = "normal",
+    mode: str | None = None,
+    nonlinearity: Nonlinearity = "auto",
+    gamma: float = 1.0,
+    overrides: Overrides = (),
+    residual: str = "auto",
+    calibrate: Any = None,
+    skip: str | Sequence[str] = (),
+    seed: int | None = None,
+    on_uncovered: str = "warn",
+) -> InitPlan:
+    """Decide what `init_weights` would do, now, and do it later: a model on the meta device is enough.
+
+    Args:
+        model: The model. Its parameters may be on the meta device: shapes are all that a plan needs.
+        example_inputs: As for `init_weights`.
+        scheme: As for `init_weights`.
+        distribution: As for `init_weights`.
+        mode: As for `init_weights`.
+        nonlinearity: As for `init_weights`.
+        gamma: As for `init_weights`.
+        overrides: As for `init_weights`.
+        residual: As for `init_weights`.
+        calibrate: As for `init_weights`; such a plan can be applied, not bound.
+        skip: As for `init_weights`.
+        seed: As for `init_weights`; None: drawn now.
+        on_uncovered: As for `init_weights`.
+
+    Returns:
+        The plan: its `report` says what it is, `apply()` carries it out, `bind()` lets the model carry it out itself
+        when it is materialised.
+
+    Raises:
+        TypeError: As `init_weights`.
+        ValueError: As `init_weights`, but for parameters on the meta device.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = nn.Linear(256, 1024)
+        >>> plan = plan_init(model, scheme="lecun", seed=0)
+        >>> plan.report.entries[0].target_std
+        0.0625
+        >>> plan.bind()
+        >>> model.to_empty(device="cpu").reset_parameters()  # Lightning and FSDP2 do this by themselves
+        >>> round(float(model.weight.detach().std()), 2)
+        0.06
+    """
+    call = check_call(scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, on_uncovered)
+    return _plan(model, example_inputs, calibrate, call)
+
+
+class InitPlan:
+    """What is to be done to a model's parameters: made by `plan_init`.
+
+    Attributes:
+        report: What would be done; nothing is measured yet.
+
+    Example:
+        >>> model = nn.Linear(4, 4)
+        >>> plan = plan_init(model, scheme="he", seed=0)
+        >>> plan.report.applied, plan.apply().applied
+        (False, True)
+    """
+
+    def __init__(self, model: nn.Module, parts: Sequence[Part], report: InitReport, batch: Any = None) -> None:
+        self._model, self._parts, self._calibrate = model, parts, batch
+        self.report = report
+
+    def apply(self) -> InitReport:
+        """Write all values into the model's parameters, plain or sharded.
+
+        Returns:
+            What was done, with the standard deviations measured.
+
+        Raises:
+            ValueError: A parameter that the plan sets is on the meta device, or an initializer fills it with NaN.
+
+        Example:
+            >>> plan_init(nn.Linear(100, 100), scheme="lecun", seed=0).apply().entries[0].measured_std > 0.09
+            True
+        """
+        now = {clean_name(path): p for path, p in self._model.named_parameters(remove_duplicate=False)}
+        parts = [part.refreshed(now) for part in self._parts]
+        for part in parts:
+            for name, original in part.owned.originals.items():
+                if part.sets and original.is_meta:
+                    raise ValueError(
+                        f"the parameter {name!r} of model is on the meta device; use plan_init(...).bind() before it is"
+                        " materialised, or materialise it by model.to_empty(device=...) first"
+                    )
+        seed = self.report.seed
+        with torch.no_grad():
+            for part in parts:
+                part.write(seed)
+        targets = [(part.owned, part.target) for part in parts if part.target is not None]
+        found = None if self._calibrate is None else calibrate_weights(self._model, self._calibrate, targets, seed)
+        with torch.no_grad():
+            entries = in_order(self._model, parts, measured=True)
+        report = replace(self.report, entries=entries, applied=True)
+        return report if found is None else _with_measured(report, found, targets)
+
+    def bind(self) -> None:
+        """Let every module of the model carry out its part by `reset_parameters()`, once there is memory for it.
+
+        Lightning (`configure_model` with FSDP2 or tensor parallelism) and torch's own recipe, `model.to_empty(...)`
+        and then `reset_parameters()` of each module, so give exactly the weights that one process gets.
+
+        Raises:
+            ValueError: The plan calibrates, which needs a model that can run; or a parameter that it keeps would be
+                lost, as it has no values yet and its module no `reset_parameters`.
+
+        Example:
+            >>> with torch.device("meta"):
+            ...     model = nn.Linear(2, 2)
+            >>> plan_init(model, scheme="he", seed=0).bind()
+            >>> model.to_empty(device="cpu").reset_parameters()
+            >>> bool(model.weight.any()), bool(model.bias.any())
+            (True, False)
+        """
+        if self._calibrate is not None:
+            raise ValueError(
+                "calibrate must be None to bind a plan, since it needs a model that can run; leave it out, or call"
+                " init_weights(..., calibrate=batch) once the model is materialised"
+            )
+        bind(self._model, self.fillers(), self.kept())
+
+    def fillers(self) -> dict[str, Callable[[Tensor], None]]:
+        """What fills a tensor with the values of a parameter, by the parameter's name, for all that the plan sets.
+
+        Example:
+            >>> sorted(plan_init(nn.Linear(2, 2), scheme="he").fillers())
+            ['bias', 'weight']
+        """
+        seed = self.report.seed
+        return {
+            name: partial(part.fill, index, seed)
+            for part in self._parts
+            if part.binds
+            for index, name in enumerate(part.owned.originals)
+        }
+
+    def kept(self) -> dict[str, str]:
+        """Why the plan leaves a parameter alone, by the parameter's name.
+
+        Example:
+            >>> plan_init(nn.PReLU(), scheme="he").kept()
+            {'weight': 'PReLU: the slopes were chosen when the module was made'}
+        """
+        return {name: part.why_kept for part in self._parts if not part.binds for name in part.owned.originals}
+
+
+def _plan(model: nn.Module, example_inputs: Any, batch: Any, call: Call) -> InitPlan:
+    """Make a plan; its warnings are told to whoever called the function that called this."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass the model itself")
-    if isinstance(scheme, str) and scheme.lower() == "auto":
-        raise ValueError(f'scheme "auto" is not available yet; choose one of {", ".join(sorted(SCHEMES))}')
-    key = scheme.lower() if isinstance(scheme, str) else scheme
-    one_of("scheme", key, SCHEMES)
-    chosen = SCHEMES[key]
-    mode = chosen.mode if mode is None else mode
-    one_of("mode", mode, MODES)
-    one_of("distribution", distribution, DISTRIBUTIONS)
-    one_of("on_uncovered", on_uncovered, ("warn", "raise", "ignore"))
-    positive("gamma", gamma, "leave it out for the scheme's own scale")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise TypeError(f"seed must be an int or None, got {seed!r}; None draws one from torch's global state")
-    patterns = _patterns(skip)
-    activation_gain = gain(chosen.nonlinearity if nonlinearity is None else nonlinearity)
-
     model = unwrap(model)
-    owned = _owned(model)
-    context = InitContext(
-        scheme=chosen, distribution=distribution, mode=mode, gain=activation_gain, gamma=gamma, owned=owned
+    check_shapes(model)
+    sample = batch if example_inputs is None else example_inputs
+    auto = call.settings.scheme.name == "auto"
+    advised = advise(model, sample, residual=call.residual, nonlinearity=call.nonlinearity, guess=auto)
+    with torch.no_grad(), ExitStack() as stack:
+        if has_computed(model):  # while it trains, to ask for a parametrized weight may change what it remembers
+            stack.enter_context(undisturbed(model))
+            stack.enter_context(parametrize.cached())
+        parameters = owned_by(model)
+        blocks = decide(model, parameters, advised.advice, call.settings, call.overrides, call.skip)
+    parts = [
+        Part(owned, blocks[owned.name], target_of(owned, blocks[owned.name], advised.advice)) for owned in parameters
+    ]
+    entries = in_order(model, parts, measured=False)
+    for pattern in call.skip:
+        if not any(pattern.fullmatch(name) for owned in parameters for name in owned.all_names):
+            warnings.warn(f"skip: {pattern.pattern!r} matches no parameter's whole name", UserWarning, stacklevel=3)
+    if message := _about_uncovered(entries, call.on_uncovered):
+        warnings.warn(message, UserWarning, stacklevel=3)
+    seed = int(torch.randint(2**31, (), device="cpu")) if call.seed is None else call.seed
+    depth, warned = _forecast(advised, parts)
+    report = InitReport(
+        entries=entries,
+        seed=seed,
+        source=advised.source,
+        residual=advised.residual,
+        depth=depth,
+        notes=(*advised.notes, *warned),
+        applied=False,
     )
-    with torch.no_grad():
-        tasks = _plan(model, context, list(owned.values()), patterns)
-        _report_uncovered([task.entry for task in tasks], on_uncovered)
-        if seed is None:
-            seed = int(torch.randint(2**31, (), device="cpu"))
-        for task in tasks:
-            task.run(_generator(seed, task.entry.name))
-        return InitReport(entries=tuple(_measured(task) for task in tasks), seed=seed)
+    return InitPlan(model, parts, report, batch)
 
 
-def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:
-    try:
-        return [re.compile(pattern) for pattern in ([skip] if isinstance(skip, str) else skip)]
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"skip must be regular expressions, got {skip!r} ({error}); they match whole names of parameters,"
-            r' such as r"head\..*"'
-        ) from error
-
-
-def _owned(model: nn.Module) -> dict[int, Owned]:
-    """All parameters by identity, in registration order, each with its first owner and all its names."""
-    found: dict[int, Owned] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        name = clean_name(path)
-        if (reason := why_not_whole(parameter)) is not None:
-            raise ValueError(f"the parameter {name!r} of model must hold its values, but it {reason}")
-        first = found.get(id(parameter))
-        module = model.get_submodule(path.rpartition(".")[0])
-        padding = module.padding_idx if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else None
-        if first is None:
-            found[id(parameter)] = Owned(parameter, module, (name,), padding)
-        else:
-            padding = padding if first.padding is None else first.padding
-            found[id(parameter)] = first._replace(names=(*first.names, name), padding=padding)
-    return found
-
-
-def _plan(model: nn.Module, context: InitContext, parameters: list[Owned], skip: list[re.Pattern[str]]) -> list[Task]:
-    """Decide about every parameter, without touching any."""
-    _set_aside(context, parameters, skip)
-    _ask_initializers(model, context, parameters)
-    tasks = []
-    for owned in parameters:
-        name, *ties = owned.names
-        if name not in context.tasks:
-            context.leave(owned, "uncovered", _why_uncovered(owned))
-        blocks = list(context.tasks[name].values())
-        _check_rows(owned, blocks)
-        tied = f"tied: also {', '.join(ties)}" if ties else ""
-        for task in blocks:
-            note = "; ".join(filter(None, (task.entry.note, tied)))
-            tasks.append(replace(task, entry=replace(task.entry, note=note)))
-    return tasks
-
-
-def _set_aside(context: InitContext, parameters: list[Owned], skip: list[re.Pattern[str]]) -> None:
-    """Leave alone what is skipped, frozen or of a dtype that no scheme draws."""
-    for pattern in skip:
-        if not any(pattern.fullmatch(name) for owned in parameters for name in owned.names):
-            warnings.warn(f"skip: {pattern.pattern!r} matches no parameter's whole name", UserWarning, stacklevel=4)
-    for owned in parameters:
-        if any(pattern.fullmatch(name) for pattern in skip for name in owned.names):
-            context.leave(owned, "skipped")
-        elif owned.parameter.is_complex():
-            context.leave(owned, "uncovered", "complex numbers: no scheme here draws them")
-        elif not owned.parameter.is_floating_point():
-            context.leave(owned, "integer", f"{owned.parameter.dtype}: initialise before quantising")
-        elif not owned.parameter.requires_grad:
-            context.leave(owned, "frozen")
-
-
-def _ask_initializers(model: nn.Module, context: InitContext, parameters: list[Owned]) -> None:
-    """Let every module's initializer have its say, a module's before its children's."""
-    before = [owned.parameter._version for owned in parameters]
-    for path, module in model.named_modules():
-        try:
-            visit(module, context)
-        except ValueError as error:
-            raise ValueError(
-                f"{error} (asked for module {path!r}, a {type(module).__name__}: leave it alone by skip=[...], or say"
-                " what to do by @register_initializer)"
-            ) from error
-    for owned, version in zip(parameters, before, strict=True):
-        if owned.parameter._version != version:
-            raise ValueError(
-                f"an initializer has written into {owned.names[0]!r} by itself; let the context do it, by"
-                " context.weight_, constant_ or fill_, so that seeds, skip and the report hold"
-            )
-
-
-def _check_rows(owned: Owned, blocks: list[Task]) -> None:
-    """Raise unless the blocks set each row of a parameter exactly once."""
-    if all(task.rows is None for task in blocks):
-        return
-    times = [0] * len(owned.parameter)
-    for task in blocks:
-        for row in range(len(times))[slice(None) if task.rows is None else task.rows]:
-            times[row] += 1
-    wrong = [row for row, count in enumerate(times) if count != 1]
-    if wrong:
-        raise ValueError(
-            f"the initializer {blocks[0].entry.rule} sets row {wrong[0]} of {owned.names[0]!r} {times[wrong[0]]} times;"
-            " give each of its rows exactly one block"
+def _with_measured(report: InitReport, found: Calibrated, targets: Sequence[tuple[Owned, float]]) -> InitReport:
+    """The report with what the calibration has measured."""
+    predicted = {point.name: point for point in report.depth}
+    wanted = {owned.name: target for owned, target in targets}
+    points = {
+        name: replace(
+            predicted.get(name, DepthPoint(name, None, None, None)),
+            target=wanted[name],
+            before=found.before[name],
+            after=after,
         )
+        for name, after in found.after.items()
+    }
+    left = {
+        original: found.left[owned.name]
+        for owned, _ in targets
+        if owned.name in found.left
+        for original in owned.originals
+    }
+    entries = tuple(
+        replace(entry, note=joined(entry.note, f"not calibrated: {left[name]}"))
+        if (name := entry.name.partition("[")[0]) in left
+        else entry
+        for entry in report.entries
+    )
+    return replace(report, entries=entries, depth=tuple(({**predicted, **points}).values()))
 
 
-def _why_uncovered(owned: Owned) -> str:
-    if isinstance(owned.module, ParametrizationList):
-        return "parametrized: initialise before parametrizing, or assign module.weight = W"
-    base, _, suffix = owned.names[0].rpartition(".")[2].rpartition("_")
-    if suffix in ("g", "v", "orig") and isinstance(getattr(owned.module, base, None), Tensor):
-        return f"{base} is computed from it (weight_norm, spectral_norm, pruning): initialise before that"
-    return f"no initializer knows {type(owned.module).__name__}"
+def _forecast(advised: Advised, parts: Sequence[Part]) -> tuple[tuple[DepthPoint, ...], tuple[str, ...]]:
+    """The predicted signal at every weight, with what there is to warn of."""
+    if advised.forecast is None:
+        return (), ()
+    scales = [(part, part.scale()) for part in parts]
+    stds = {id(p): scale for part, scale in scales if scale is not None for p in part.owned.originals.values()}
+    names = {id(p): part.owned.name for part in parts for p in part.owned.originals.values()}
+    return advised.forecast(stds, names)
 
 
-def _report_uncovered(entries: list[InitEntry], on_uncovered: str) -> None:
-    uncovered = [f"{entry.name} ({entry.note})" for entry in entries if entry.rule == "uncovered"]
+def _about_uncovered(entries: Sequence[InitEntry], on_uncovered: str) -> str:
+    """What to warn of where parameters are uncovered."""
+    uncovered = [
+        f"{entry.name} ({entry.note.removesuffix(WOULD_TELL)})" for entry in entries if entry.rule == "uncovered"
+    ]
     if not uncovered or on_uncovered == "ignore":
-        return
+        return ""
+    traced = any(entry.rule == "uncovered" and entry.note.endswith(WOULD_TELL) for entry in entries)
     message = (
-        f"{len(uncovered)} parameters are not covered and keep their values: {', '.join(uncovered)}. Say what"
-        f" to do by @register_initializer(TheModule), or leave them alone by skip=[...]"
+        f"{len(uncovered)} parameters are not covered and keep their values: {', '.join(uncovered)}."
+        f" {'Give example_inputs= to have their use traced, say' if traced else 'Say'} what to do by overrides= or"
+        f" @register_initializer(TheModule), or leave them alone by skip=[...]"
     )
     if on_uncovered == "raise":
         raise ValueError(f"{message}; nothing was changed")
-    warnings.warn(message, UserWarning, stacklevel=3)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """A stream of random numbers that depends on the seed and the name alone (`hash` differs by process)."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def _measured(task: Task) -> InitEntry:
-    values = task.target
-    if values.numel() < 2 or not values.is_floating_point():
-        return task.entry
-    precise = values if values.dtype is torch.float64 else values.float()
-    return replace(task.entry, measured_std=float(precise.std()))
+    return message

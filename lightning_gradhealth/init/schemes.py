@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_gradhealth.init.checks import one_of, positive
 from lightning_gradhealth.init.fans import MODES, Fans, shape_fans
 from lightning_gradhealth.init.gains import Nonlinearity, gain as gain_of
-from lightning_gradhealth.sharding import is_sharded
+from lightning_gradhealth.sharding import is_flat, is_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -30,10 +30,22 @@ class Scheme(NamedTuple):
     nonlinearity: str
 
 
+AUTO = Scheme("auto", "fan_in", "linear")  # what it knows of a parameter names one of the next three
 HE = Scheme("he", "fan_in", "relu")
 XAVIER = Scheme("xavier", "fan_avg", "linear")
 LECUN = Scheme("lecun", "fan_in", "linear")
-SCHEMES = {"he": HE, "kaiming": HE, "xavier": XAVIER, "glorot": XAVIER, "lecun": LECUN}
+ORTHOGONAL = Scheme("orthogonal", "fan_in", "linear")
+DELTA_ORTHOGONAL = Scheme("delta_orthogonal", "fan_in", "linear")
+SCHEMES = {
+    "auto": AUTO,
+    "he": HE,
+    "kaiming": HE,
+    "xavier": XAVIER,
+    "glorot": XAVIER,
+    "lecun": LECUN,
+    "orthogonal": ORTHOGONAL,
+    "delta_orthogonal": DELTA_ORTHOGONAL,
+}
 
 
 def variance_scaling_(
@@ -95,38 +107,6 @@ def variance_scaling_(
         return tensor.copy_(_standard_(numbers, distribution, generator).mul_(std))
 
 
-def orthogonal_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """Fill a matrix in place with a random one whose singular values are all 1.
-
-    Args:
-        tensor: Shape (rows, columns), of any floating dtype.
-        generator: Where the random numbers come from; None: torch's default generator.
-
-    Returns:
-        The tensor; uniform over the orthogonal matrices (Haar).
-
-    Raises:
-        ValueError: The tensor is no matrix or cannot be filled.
-
-    Example:
-        >>> weight = orthogonal_(torch.empty(3, 5))
-        >>> torch.allclose(weight @ weight.T, torch.eye(3), atol=1e-6)
-        True
-
-    Paper: Saxe et al. 2014 (arXiv:1312.6120); Mezzadri 2007 (arXiv:math-ph/0609050) for the signs.
-    """
-    check_fillable(tensor)
-    if tensor.dim() != 2:
-        raise ValueError(f"tensor must have 2 axes, got the shape {tuple(tensor.shape)}; reshape it to a matrix")
-    long, short = max(tensor.shape), min(tensor.shape)
-    device = tensor.device if generator is None else generator.device
-    numbers = torch.empty((long, short), dtype=drawing_dtype(tensor), device=device)
-    with torch.no_grad():
-        q, r = torch.linalg.qr(numbers.normal_(generator=generator))
-        q *= r.diagonal().sign()
-        return tensor.copy_(q if tensor.shape == q.shape else q.T)
-
-
 def drawing_dtype(tensor: Tensor) -> torch.dtype:
     """The precision in which numbers for `tensor` are drawn: the same for float32 and all below."""
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
@@ -170,10 +150,19 @@ def scaled_std(gain: float, gamma: float, fan: float) -> float:
     return gamma * gain / math.sqrt(fan) if fan else 0.0
 
 
-def why_not_whole(tensor: Tensor) -> str | None:
-    """Why a tensor's values are not all here to be set, with the remedy; None where they are."""
+def why_no_shape(tensor: Tensor) -> str | None:
+    """Why not even a tensor's shape is known, with the remedy; None where it is."""
     if is_lazy(tensor):
         return "is not initialised yet (a lazy module); run one forward pass first"
+    if is_flat(tensor):
+        return "is a flat shard of FSDP1, which has lost its shape; initialise the model before the strategy wraps it"
+    return None
+
+
+def why_not_whole(tensor: Tensor) -> str | None:
+    """Why a tensor's values are not all here to be set, with the remedy; None where they are."""
+    if (reason := why_no_shape(tensor)) is not None:
+        return reason
     if tensor.is_meta:
         return "is on the meta device; materialise it with model.to_empty(device=...) first"
     if is_sharded(tensor):

@@ -7,7 +7,8 @@ from scipy import stats
 from torch import nn
 
 import lightning_gradhealth.init as gh
-from lightning_gradhealth.init.schemes import DISTRIBUTIONS, TRUNCATED_STD, orthogonal_
+from lightning_gradhealth.init.orthogonal import orthogonal_
+from lightning_gradhealth.init.schemes import DISTRIBUTIONS, TRUNCATED_STD
 
 SHAPE, FAN_IN, FAN_OUT = (160, 100, 3, 3), 900, 1440
 NORMALS = [
@@ -208,3 +209,94 @@ def test_more_errors():
         orthogonal_(torch.empty(2, 2, 2))
     with pytest.raises(TypeError, match="distribution"):
         gh.he_uniform_(torch.empty(2, 2), distribution="normal")
+
+
+# --- orthogonal --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_delta_orthogonal_keeps_the_norm_of_any_input(make, kernel):
+    conv = make(4, 6, kernel, padding=kernel // 2, padding_mode="circular", bias=False)
+    gh.delta_orthogonal_(conv.weight, gain=1.5, gamma=2.0, generator=seeded())
+    x = torch.randn(3, 4, *[6] * (conv.weight.dim() - 2), generator=seeded(1))
+    ratio = conv(x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    torch.testing.assert_close(ratio, torch.full((3,), 3.0))
+
+
+def test_delta_orthogonal_takes_the_gain_of_the_activation_and_is_repeatable():
+    one, two = (gh.delta_orthogonal_(torch.ones(8, 8, 3, 3), nonlinearity="relu", generator=seeded()) for _ in range(2))
+    assert torch.equal(one, two)
+    values = torch.linalg.svdvals(one[:, :, 1, 1])
+    torch.testing.assert_close(values, torch.full((8,), math.sqrt(2)))
+    assert one.count_nonzero() <= 64
+    half = gh.delta_orthogonal_(torch.ones(8, 8, 3, 3, dtype=torch.bfloat16), nonlinearity="relu", generator=seeded())
+    assert torch.equal(half, one.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((4, 4), {}, r"tensor must be a convolution's weight .*\(4, 4\) has no kernel; use scheme orthogonal"),
+        ((4, 5, 3), {}, r"\(4, 5, 3\) has fewer outputs than inputs; use scheme orthogonal"),
+        ((5, 4, 3, 2), {}, r"\(5, 4, 3, 2\) has a kernel without a centre; use odd kernel sizes"),
+        ((5, 4, 3), {"gain": 0}, "gain must be > 0 and finite, got 0"),
+        ((5, 4, 3), {"gamma": -1}, "gamma must be > 0 and finite, got -1"),
+    ],
+)
+def test_errors_of_delta_orthogonal(shape, options, message):
+    tensor = torch.ones(shape)
+    with pytest.raises(ValueError, match=message):
+        gh.delta_orthogonal_(tensor, **options)
+    assert (tensor == 1).all()
+
+
+def matrices(weight, groups, transposed):
+    parts = weight.detach().chunk(groups)
+    return [(part.transpose(0, 1) if transposed else part).flatten(1) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("module", "groups"),
+    [
+        (nn.Linear(12, 20), 1),
+        (nn.Conv2d(8, 12, 3, groups=4), 4),
+        (nn.Conv1d(4, 40, 3), 1),
+        (nn.ConvTranspose2d(8, 6, 3, groups=2), 2),
+    ],
+    ids=["linear", "grouped", "conv", "transposed"],
+)
+def test_the_orthogonal_scheme_group_by_group(module, groups):
+    (entry, _) = gh.init_weights(module, scheme="orthogonal", nonlinearity="relu", gamma=0.5, seed=0).entries
+    for matrix in matrices(module.weight, groups, isinstance(module, nn.ConvTranspose2d)):
+        values = torch.linalg.svdvals(matrix)
+        torch.testing.assert_close(values, torch.full_like(values, math.sqrt(0.5)), rtol=1e-4, atol=0)
+    assert entry.scheme == "orthogonal"
+    assert entry.target_std == pytest.approx(module.weight.square().mean().sqrt().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "groups"),
+    [(nn.Conv2d(8, 12, 3), 1), (nn.Conv1d(8, 8, 5, groups=4), 4), (nn.ConvTranspose1d(6, 8, 3), 1)],
+)
+def test_the_delta_orthogonal_scheme(module, groups):
+    (entry, _) = gh.init_weights(module, scheme="delta_orthogonal", seed=0).entries
+    assert entry.scheme == "delta_orthogonal"
+    centre = module.weight.detach()
+    for size in module.kernel_size:
+        centre = centre.select(2, size // 2)
+    for part in matrices(centre[..., None], groups, isinstance(module, nn.ConvTranspose1d)):
+        values = torch.linalg.svdvals(part)
+        torch.testing.assert_close(values, torch.ones_like(values), rtol=1e-4, atol=0)
+    assert module.weight.count_nonzero() <= centre.numel()
+    assert entry.target_std == pytest.approx(module.weight.square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_the_delta_orthogonal_scheme_says_where_it_is_orthogonal_only():
+    model = nn.Sequential(nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 2), nn.Linear(4, 4), nn.Embedding(50, 40))
+    entries = [e for e in gh.init_weights(model, scheme="delta_orthogonal", seed=0).entries if "weight" in e.name]
+    assert [entry.scheme for entry in entries] == ["orthogonal", "orthogonal", "orthogonal", "lecun"]
+    assert "fewer outputs than inputs" in entries[0].note
+    assert "without a centre" in entries[1].note
+    assert entries[2].note == ""
+    assert entries[3].measured_std == pytest.approx(1, rel=0.05)

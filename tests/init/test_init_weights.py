@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 from lightning_gradhealth.init import InitContext, gain, handlers, init_weights, register_initializer
 from lightning_gradhealth.records import InitReport
@@ -141,8 +140,8 @@ def test_tied_weights_are_drawn_once_by_their_owner():
     assert model["head"].weight is model["embed"].weight
     assert not model["embed"].weight[0].any()
     assert [entry.name for entry in report.entries] == ["embed.weight", "head.bias"]
-    assert report.entries[0].rule == "Embedding"
-    assert report.entries[0].note.endswith("; tied: also head.weight")
+    assert (report.entries[0].rule, report.entries[0].fan) == ("Linear", 8)
+    assert report.entries[0].note.endswith("drawn as the weight that it also is; tied: also head.weight")
 
 
 def test_a_tied_weight_is_skipped_by_any_of_its_names():
@@ -171,6 +170,8 @@ def test_uncovered_warns_once_and_names_the_remedies():
     (warning,) = caught
     message = str(warning.message)
     assert "positions (no initializer knows Patches), temperature" in message
+    assert "Give example_inputs=" in message
+    assert "overrides=" in message
     assert "@register_initializer" in message
     assert "skip=" in message
     assert warning.filename == __file__
@@ -192,36 +193,6 @@ def test_uncovered_ignore_is_silent_and_skip_covers():
     assert init_weights(Patches(), scheme="he", on_uncovered="ignore").uncovered
     skip = ["positions", "temperature"]
     assert not init_weights(Patches(), scheme="he", skip=skip, on_uncovered="raise").uncovered
-
-
-REPARAMETRIZED = {
-    "parametrized": (parametrizations.weight_norm, "parametrized: initialise before"),
-    "orthogonal": (parametrizations.orthogonal, "parametrized: initialise before"),
-    "weight_norm": (nn.utils.weight_norm, "weight is computed from it"),
-    "spectral_norm": (nn.utils.spectral_norm, "weight is computed from it"),
-    "pruning": (lambda module: prune.l1_unstructured(module, "weight", 0.5), "weight is computed from it"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-@pytest.mark.parametrize("kind", REPARAMETRIZED)
-def test_reparametrized_weights_are_listed_not_pretended(kind):
-    wrap, note = REPARAMETRIZED[kind]
-    model = nn.Sequential(wrap(nn.Linear(4, 4)))
-    before = model[0].weight.detach().clone()
-    with pytest.warns(UserWarning, match=note):
-        report = init_weights(model, scheme="he")
-    assert report.uncovered
-    assert torch.equal(model[0].weight, before)
-    assert not model[0].bias.any()
-    assert {entry.name for entry in report.entries if entry.scheme != "kept"} == {"0.bias"}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
-def test_weight_norm_of_a_recurrent_layer_is_not_mistaken_for_its_weights():
-    model = nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
-    report = init_weights(model, scheme="he", on_uncovered="ignore")
-    assert report.uncovered == ("weight_hh_l0_g", "weight_hh_l0_v")
 
 
 def test_complex_parameters_are_uncovered():
@@ -321,6 +292,21 @@ def test_fill_takes_any_function_and_blocks_any_rows():
     first = model.positions.detach().clone()
     init_weights(model, scheme="he", seed=0)
     assert torch.equal(model.positions, first)
+
+
+def test_blocks_along_another_axis():
+    @register_initializer(Patches)
+    def patches(module, context):
+        context.keep(module.temperature)
+        context.constant_(module.positions, 4.0, block="left", rows=slice(0, 2), axis=1)
+        context.weight_(module.positions, block="right", rows=slice(2, None), axis=-1, gain=1.0)
+
+    model = Patches()
+    report = init_weights(model, scheme="he", seed=0)
+    assert [entry.shape for entry in report.entries if "positions" in entry.name] == [(5, 2), (5, 4)]
+    assert (model.positions[:, :2] == 4).all()
+    assert (model.positions[:, 2:] != 4).all()
+    assert report.entries[1].fan == 4
 
 
 def test_errors_of_initializers():
@@ -486,9 +472,10 @@ def test_empty_models_and_layers():
         (
             {"scheme": "hee"},
             ValueError,
-            "scheme must be one of glorot, he, kaiming, lecun, xavier, got 'hee'; did you",
+            "scheme must be one of auto, delta_orthogonal, .*, xavier, got 'hee'; did you",
         ),
-        ({"scheme": "auto"}, ValueError, '"auto" is not available yet; choose one of glorot, he, kaiming'),
+        ({"residual": "deep"}, ValueError, "residual must be one of auto, depth, fixup, none, zero_last, got 'deep'"),
+        ({"residual": "depth"}, ValueError, "residual='depth' needs example_inputs"),
         ({"scheme": None}, ValueError, "scheme must be one of .*, got None"),
         ({"gamma": -1}, ValueError, "gamma must be > 0 and finite, got -1; leave it out"),
         ({"mode": "fan"}, ValueError, "mode must be one of fan_avg, fan_geo, fan_in, fan_out, got 'fan'"),
@@ -520,17 +507,27 @@ def test_errors_of_models():
         init_weights([nn.Linear(2, 2)], scheme="he")
     with pytest.raises(ValueError, match=r"parameter '1\.weight' of model .* lazy module\); run one forward pass"):
         init_weights(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), scheme="he")
-    with pytest.raises(ValueError, match=r"'0\.weight' of model .* is on the meta device; materialise it with"):
+    with pytest.raises(ValueError, match=r"'0\.weight' of model is on the meta device; use plan_init\(\.\.\.\)\.bind"):
         init_weights(nn.Sequential(nn.Linear(2, 2, device="meta")), scheme="he")
 
 
 @pytest.mark.usefixtures("_process_group")
-def test_sharded_parameters_are_refused_by_name():
+def test_sharded_parameters_get_the_weights_of_one_process():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_module
 
-    model = nn.Sequential(distribute_module(nn.Linear(2, 2), init_device_mesh("cpu", (1,))))
-    with pytest.raises(ValueError, match=r"'0\.weight' of model .* sharded over ranks; initialise the model before"):
+    plain = nn.Sequential(nn.Linear(3, 2))
+    init_weights(plain, scheme="he", seed=0)
+    model = nn.Sequential(distribute_module(nn.Linear(3, 2), init_device_mesh("cpu", (1,))))
+    report = init_weights(model, scheme="he", seed=0)
+    assert torch.equal(model[0].weight.full_tensor(), plain[0].weight)
+    assert report.entries[0].measured_std is None
+
+
+def test_flat_shards_are_refused():
+    model = nn.Linear(2, 2)
+    model.weight._fsdp_flattened = True
+    with pytest.raises(ValueError, match=r"'weight' of model .* flat shard of FSDP1.*; initialise the model before"):
         init_weights(model, scheme="he")
 
 

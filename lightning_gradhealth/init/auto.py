@@ -1,0 +1,348 @@
+"""`scheme="auto"`: the gain, fan and scheme of every weight, as a recorded forward pass shows its surroundings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lightning_gradhealth.init.advice import Advice, Advised
+from lightning_gradhealth.init.composed import Composition, Roles, compose
+from lightning_gradhealth.init.critical import critical_gains
+from lightning_gradhealth.init.deliberate import biases_on_purpose, is_zero, second_of_pair, zeros_on_purpose
+from lightning_gradhealth.init.gains import Nonlinearity, gain as gain_of
+from lightning_gradhealth.init.guess import guessed
+from lightning_gradhealth.init.module_order import by_module_order
+from lightning_gradhealth.init.parametrized import from_hook
+from lightning_gradhealth.init.prediction import Prediction
+from lightning_gradhealth.init.recurrence import input_layer, simulate
+from lightning_gradhealth.init.replay import Passage, Replayer
+from lightning_gradhealth.init.residual import factors, find_branches, resolve
+from lightning_gradhealth.init.stand_ins import own_reset, own_tensors, values_by_class
+from lightning_gradhealth.init.surroundings import (
+    how_found,
+    made_up_for,
+    output_gain,
+    scheme_for,
+    steepness_of,
+    what_follows,
+)
+from lightning_gradhealth.init.tables import biases_scores, reaches_norm, tied_tables
+from lightning_gradhealth.sharding import is_sharded
+from lightning_gradhealth.tracing import Graph, Station, trace
+
+_SHARES = {"_softmax", "_log_softmax", "_safe_softmax"}  # what a classifier may end with
+
+
+def advise(
+    model: nn.Module, example_inputs: Any, *, residual: str, nonlinearity: Nonlinearity, guess: bool = True
+) -> Advised:
+    """Say what is known of every parameter before anything is drawn.
+
+    Args:
+        model: The model, unwrapped.
+        example_inputs: A sample; None: the model's `example_input_array`, and without one the order of its modules.
+        residual: "auto", "none", "depth", "zero_last" or "fixup".
+        nonlinearity: "auto": what follows each weight is found; otherwise the one activation of the whole model.
+        guess: Where there is no sample, whether what the first layer takes may serve as one.
+
+    Raises:
+        ValueError: The sample does not go through the model, or `residual` needs one and there is none.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> advised = advise(net, torch.zeros(1, 4), residual="auto", nonlinearity="auto")
+        >>> [round(advised.advice[id(net[i].weight)].gain, 4) for i in (0, 2)]
+        [1.4142, 1.0]
+    """
+    sample = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
+    fixed = None if nonlinearity == "auto" else gain_of(nonlinearity)
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        if example_inputs is not None:
+            raise ValueError(
+                "example_inputs cannot go through a model that is sharded, since its forward has to run on all ranks;"
+                " make the plan before: plan = plan_init(model, example_inputs), shard the model, then plan.apply(), or"
+                " plan.bind() before sharding where the model is on the meta device"
+            )
+        sample, guess = None, False
+    if sample is None:
+        if residual not in ("auto", "none"):
+            raise ValueError(
+                f"residual={residual!r} needs example_inputs, since branches are found in a forward pass; give a"
+                ' sample, or residual="none"'
+            )
+        if (found := guessed(model) if guess else None) is not None:
+            graph, shape = found
+            advised = _Adviser(model, graph, residual, fixed).advised()
+            note = f"no sample was given: forward was followed on a guess, {shape}; give example_inputs= to be sure"
+            return replace(advised, source=f"trace (guessed {shape})", notes=(note, *advised.notes))
+        return by_module_order(model, fixed)
+    return _Adviser(model, Graph(trace(model, sample)), residual, fixed).advised()
+
+
+class _Adviser:
+    """Goes through the stations of one forward pass, from the first to the last."""
+
+    def __init__(self, model: nn.Module, graph: Graph, residual: str, fixed: float | None) -> None:
+        self._graph, self._trace, self._fixed = graph, graph.trace, fixed
+        graph.kept = biases_on_purpose(graph)
+        graph.trace.by_class.update(_by_class(model))
+        self._replayer = Replayer(graph)
+        branches = [
+            branch
+            for branch in find_branches(graph, self._replayer)
+            if not any(second_of_pair(graph, self._replayer, index) for index in branch.last)
+        ]
+        self._residual = resolve(residual, branches)
+        self._factors = factors(self._residual, branches, auto=residual == "auto")
+        self._zeros = zeros_on_purpose(graph) if residual == "auto" else frozenset()
+        self._critical = critical_gains(graph, self._replayer)
+        self._stds: dict[int, float] = {}  # what each station's output is meant to have
+        self._scales: dict[int, float] = {}  # what the forward pass multiplies a weight by, where it does
+        self._sequences: dict[int, list[Tensor]] = {}
+        lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
+        self._parametrized = {id(p) for module in lists for p in module.parameters(recurse=False)}
+        hooked = [from_hook(hook, m) for m in model.modules() for hook in m._forward_pre_hooks.values()]
+        self._parametrized |= {id(p) for computed in hooked if computed is not None for p in computed.originals}
+        self._compositions: dict[int, Composition] = {}  # of the weights that are made of several parameters
+        self._roles: dict[Any, Roles] = {}  # of these parameters, by how the weight is made
+        self._advice: dict[int, Advice] = {}
+        self._tied = tied_tables(graph, self._replayer)
+
+    def advised(self) -> Advised:
+        """All that the forward pass tells."""
+        for index, station in self._graph.stations.items():
+            self._visit(index, station)
+        for value, parameter in self._trace.parameters.items():
+            if id(parameter) not in self._advice:
+                self._advice[id(parameter)] = self._unweighted(value, parameter)
+        given = {s: self._layers(s) for s, at in self._graph.stations.items() if at.kind in ("lookup", "unit")}
+        source = {"fake": "trace (fake tensors)", "real": "trace (real batch)", "meta": "trace (meta)"}
+        return Advised(
+            advice=self._advice,
+            source=source[self._trace.source],
+            residual=self._residual,
+            notes=self._notes(),
+            forecast=Prediction(
+                self._graph,
+                self._replayer,
+                given,
+                self._scales,
+                factors={s: f for s, f in self._factors.items() if self._graph.stations[s].kind == "norm"},
+                composed={index: composition.std for index, composition in self._compositions.items()},
+            ),
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        """What the user should know of how the model was read."""
+        notes = []
+        if self._trace.source == "meta":
+            notes.append(
+                "on the meta device nobody knows what constructors have set by hand (zeros, gates, biases): name such"
+                " parameters in overrides="
+            )
+        if any(advice.found == "assumed" for advice in self._advice.values()):
+            notes.append(
+                "some gains are assumed, as what they rest on could not be replayed: a smaller sample may help"
+            )
+        if self._residual != "none" and not self._factors:
+            notes.append(f"residual={self._residual!r}: no residual branch was found")
+        return tuple(notes)
+
+    # --- stations ---
+
+    def _visit(self, index: int, station: Station) -> None:
+        if station.kind == "weight":
+            self._weight(index, station)
+        elif station.kind == "lookup":
+            self._lookup(index, station)
+        elif station.kind == "unit":
+            self._unit(index, station)
+        elif station.kind == "norm" and index in self._factors:
+            for value in station.parameters[:1]:
+                self._advise(value, Advice("state", factor=self._factors[index], note="ends a residual branch"))
+
+    def _weight(self, index: int, station: Station) -> None:
+        before = self._passage(station.reads[0], index)
+        after = self._following(index)
+        label = what_follows(after)
+        target = self._target(index, after)
+        shares = before.averages or _SHARES & set(before.operations)  # averages and shares are meant to be small
+        moment = max(before.moment, 1.0) if shares else before.moment
+        known = math.isfinite(moment) and moment > 1e-12
+        gain = math.sqrt(target / moment) if known else 1.0
+        found = how_found(before, after)
+        if not known:
+            found = "assumed"
+        if self._fixed is not None:
+            gain, found = self._fixed, "given"
+        if self._is_output(index, after):
+            gain, found = output_gain(self._replayer.passage(station.reads[0], index)), "output"
+        scheme = scheme_for(before, after, gain)
+        if index in self._critical and self._fixed is None and found != "output":
+            gain, found = self._critical[index], "edge of chaos"
+            scheme = "delta_orthogonal" if "conv" in self._trace.events[index].name else "orthogonal"
+        if found in ("given", "output", "edge of chaos"):
+            target = gain * gain * moment
+        self._stds[index] = math.sqrt(target)
+        advice = Advice(
+            "weight",
+            fan_in=station.fan_in,
+            fan_out=station.fan_out,
+            scheme=scheme,
+            gain=gain,
+            factor=self._factors.get(index, 1.0),
+            found=found,
+            follows=label,
+        )
+        composed = self._composed(index, station, advice)
+        for value in station.parameters:
+            self._advise(value, composed.get(value) or self._of_parameter(index, station, value, advice))
+
+    def _composed(self, index: int, station: Station, advice: Advice) -> dict[int, Advice]:
+        """What holds for the parameters of a weight that the forward pass makes of several."""
+        owned = any(id(self._trace.parameters[value]) in self._parametrized for value in station.parameters)
+        if len(station.parameters) < 2 or owned or second_of_pair(self._graph, self._replayer, index):
+            return {}
+        composition = compose(self._replayer, self._graph, station, self._roles)
+        if composition is None:
+            return {}
+        self._compositions[index] = composition
+        return composition.advice(self._trace, station, advice)
+
+    def _of_parameter(self, index: int, station: Station, value: int, advice: Advice) -> Advice:
+        parameter = self._trace.parameters[value]
+        if len(station.parameters) > 1 and parameter.dim() > 1 and is_zero(parameter):
+            return replace(advice, keep="0 at the start: one part of a weight that is made of several parameters")
+        if second_of_pair(self._graph, self._replayer, index):
+            return replace(advice, keep="0 at the start: the second of a low-rank pair")
+        if value in self._zeros:
+            return replace(advice, keep="0 on purpose, as torch never leaves it; overrides= draws it")
+        # a parametrized weight is written through its parametrization, so that no scale is left to make up for
+        alone = len(station.parameters) == 1 and id(parameter) not in self._parametrized
+        scale = self._replayer.weight_scale(station, value) if alone else None
+        if scale is not None and abs(scale - 1) > 0.01 and advice.gain is not None:
+            self._scales[index] = scale
+            return replace(advice, gain=advice.gain / scale, note=f"enters the product multiplied by {scale:.4g}")
+        return advice
+
+    def _lookup(self, index: int, station: Station) -> None:
+        for value in station.parameters:
+            if value in self._tied:
+                self._stds[index] = self._tied[value]
+            elif biases_scores(self._graph, self._replayer, index):
+                self._advise(value, Advice("lookup", keep="added to attention scores: a bias by position"))
+            elif reaches_norm(self._graph, self._replayer, index):
+                gain = self._trace.parameters[value].shape[-1] ** -0.5
+                self._stds[index] = gain
+                note = "1 / sqrt(width): a norm takes its scale, and so it learns as fast as what is added to it"
+                self._advise(value, Advice("lookup", 1.0, 1.0, "lecun", gain, found="closed form", note=note))
+            else:
+                self._advise(value, Advice("lookup", 1.0, 1.0, "lecun", 1.0, found="closed form"))
+
+    def _unit(self, index: int, station: Station) -> None:
+        module = self._trace.modules[self._trace.events[index].module]
+        moment = self._passage(station.reads[0], index).moment if station.reads else 1.0
+        self._sequences[index] = simulate(module, self._steps(index, module), self._drive(index, station))
+        layers = self._layers(index)
+        self._stds[index] = layers[-1] ** 0.5
+        for value in station.parameters:
+            layer, gain = input_layer(self._graph, index, value), None
+            if layer is not None:
+                reads = layers[layer - 1] if layer else moment
+                gain = reads**-0.5 if math.isfinite(reads) and reads > 1e-12 else 1.0
+            self._advise(value, Advice("weight", scheme="lecun", gain=gain, found="replayed", follows="gates"))
+
+    def _layers(self, index: int) -> tuple[float, ...]:
+        """The mean square of what each layer of a recurrent station gives; of a lookup, that of its rows."""
+        if index not in self._sequences:
+            return (self._stds.get(index, 1.0) ** 2,)
+        return tuple(float(outputs.square().mean()) for outputs in self._sequences[index])
+
+    def _drive(self, index: int, station: Station) -> Tensor | None:
+        """The sequences that a recurrent layer reads, where another one gives them as they are."""
+        if not station.reads:
+            return None
+        passage = self._replayer.passage(station.reads[0], index)
+        source = min(passage.sources, default=None)
+        return self._sequences[source][-1] if len(passage.sources) == 1 and source in self._sequences else None
+
+    def _steps(self, index: int, module: nn.Module) -> int:
+        """Length of the sequences that a recurrent layer reads; of a cell, how often it is called."""
+        if isinstance(module, nn.RNNCellBase):
+            path = self._trace.events[index].module
+            return sum(self._trace.events[other].module == path for other in self._graph.stations)
+        reads = self._graph.stations[index].reads
+        shape = self._trace.shapes[reads[0]] if reads else (1,)
+        return shape[1 if getattr(module, "batch_first", False) and len(shape) == 3 else 0]
+
+    def _unweighted(self, value: int, parameter: nn.Parameter) -> Advice:
+        use = self._graph.elementwise.get(value)
+        if use is None:
+            return Advice("unused")
+        if value in self._graph.biases:
+            if value in self._graph.kept:
+                return Advice("state", note="a bias set on purpose: every element lies beyond torch's default range")
+            return Advice("bias", note="added to the output of a weight")
+        if use == "signal":
+            return Advice("state", note="a signal that the model begins with: a weight multiplies it")
+        words = {"mul": "multiplied", "add": "added", "norm": "the scale or shift of a norm"}
+        return Advice("state", note=f"{words.get(use, use)} element by element: no weight")
+
+    def _advise(self, value: int, advice: Advice) -> None:
+        parameter = self._trace.parameters[value]
+        known = self._advice.setdefault(id(parameter), advice)
+        if known is advice or known.gain is None or advice.gain is None or known.gain == advice.gain:
+            return
+        # of several uses the smallest gain holds: it is what a loop comes to, whose state is 0 at first
+        chosen, other = sorted((known, advice), key=lambda each: each.gain or 0.0)
+        note = known.note
+        if "used again" not in note:
+            note = "; ".join(filter(None, (note, f"used again, where its gain would be {other.gain:.4g}")))
+        self._advice[id(parameter)] = replace(chosen, note=note)
+
+    # --- what surrounds a weight ---
+
+    def _passage(self, value: int, at: int) -> Passage:
+        return self._replayer.passage(value, at, self._stds)
+
+    def _following(self, index: int) -> list[Passage]:
+        """What the signal passes on its way to each of its readers, at unit variance; the model's outputs last."""
+        near = [self._replayer.passage(value, reader) for reader, value in self._graph.consumers[index]]
+        end = len(self._trace.events)
+        far = [self._replayer.passage(v, end) for v, sources in self._graph.final.items() if index in sources]
+        return near + far
+
+    def _target(self, index: int, after: list[Passage]) -> float:
+        """The variance that a weight should give: 1, unless what follows keeps any scale and all see it alike."""
+        if not after:
+            return 1.0
+        first = after[0]
+        if len(after) == 1 and first.sources == {index} and (steep := steepness_of(first)) is not None:
+            return steep**-2
+        for passage in after:
+            alone = passage.sources == {index} and passage.homogeneous and not passage.invariant and passage.replayed
+            if not alone or abs(passage.moment - first.moment) > 0.01 * first.moment:
+                return 1.0
+        return made_up_for(first)
+
+    def _is_output(self, index: int, after: list[Passage]) -> bool:
+        """Whether nothing but the model's output follows, and no activation but a softmax."""
+        if self._graph.consumers[index]:
+            return False
+        return all((passage.linear and not passage.invariant) or _SHARES & set(passage.operations) for passage in after)
+
+
+def _by_class(model: nn.Module) -> dict[int, Tensor]:
+    """What the classes of small modules on the meta device (norms, PReLU) will write into them, by identity."""
+    found: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        own = own_tensors(module)
+        small = all(tensor.dim() < 2 for tensor in own.values())
+        if small and any(tensor.is_meta for tensor in own.values()) and own_reset(module) is not None:
+            found.update((id(own[key]), value) for key, value in values_by_class(module, list(own), path).items())
+    return found

@@ -1,0 +1,134 @@
+"""One parameter's share of a plan: what is written, and what the report says of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradhealth.init.advice import Advice
+from lightning_gradhealth.init.blocks import Block, whole
+from lightning_gradhealth.init.owned import Owned
+from lightning_gradhealth.init.settings import OVERRIDE, joined
+from lightning_gradhealth.layers import clean_name
+from lightning_gradhealth.records import InitEntry
+from lightning_gradhealth.sharding import fill, is_sharded
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a plan does to one parameter, or to all from which one weight is computed.
+
+    Attributes:
+        owned: The parameter.
+        blocks: What is done to it.
+        target: The standard deviation to which a calibration brings the output of the weight; None: it does not.
+    """
+
+    owned: Owned
+    blocks: Sequence[Block]
+    target: float | None = None
+
+    @property
+    def sets(self) -> bool:
+        """Whether anything is written."""
+        return any(block.draw is not None for block in self.blocks)
+
+    @property
+    def binds(self) -> bool:
+        """Whether its values can be written one original at a time."""
+        return self.sets and (self.owned.computed is None or self.owned.computed.binds)
+
+    @property
+    def why_kept(self) -> str:
+        """Why nothing is written, or nothing can be while the model is materialised."""
+        if self.sets:
+            return "its parametrization keeps buffers that only init_weights on a real device can set"
+        entry = self.blocks[0].entry
+        return f"{entry.rule}: {entry.note}" if entry.note else entry.rule
+
+    def scale(self) -> float | None:
+        """The root mean square that the weight will have; None where nobody knows yet."""
+        if not self.sets:
+            unreadable = any(map(_unreadable, self.owned.originals.values()))
+            return None if unreadable or not self.owned.parameter.is_floating_point() else _rms(self.owned.parameter)
+        squares = 0.0
+        for block in self.blocks:
+            if block.entry.target_std is None:
+                return None
+            squares += block.entry.target_std**2 * math.prod(block.entry.shape)
+        return math.sqrt(squares / max(1, self.owned.parameter.numel()))
+
+    def refreshed(self, now: Mapping[str, nn.Parameter]) -> Part:
+        """The same for the parameters that the model has now under the same names."""
+        originals = {name: now.get(name, original) for name, original in self.owned.originals.items()}
+        return replace(self, owned=replace(self.owned, originals=originals))
+
+    def whole(self, seed: int) -> Tensor:
+        """All values of the weight, on the CPU."""
+        owned = self.owned
+        return whole(owned.parameter, self.blocks, owned.padding, seed)
+
+    def fill(self, index: int, seed: int, target: Tensor) -> None:
+        """Fill a tensor with the values of one of the originals."""
+        with torch.no_grad():
+            fill(target, self.owned.values(self.whole(seed), seed)[index])
+
+    def write(self, seed: int) -> None:
+        """Carry it out."""
+        if self.sets:
+            self.owned.write(self.whole(seed), seed)
+
+    def entries(self, measured: bool) -> dict[str, list[InitEntry]]:
+        """What the report says, by the name of the original."""
+        owned = self.owned
+        values = owned.present() if measured and not any(map(_unreadable, owned.originals.values())) else None
+        entries = [_measured(block, values) for block in self.blocks]
+        if owned.computed is None:
+            return {owned.name: entries}
+        said = {}
+        for name, original in owned.originals.items():
+            if name == owned.main:
+                said[name] = [
+                    replace(e, name=e.name.replace(owned.name, name, 1), note=joined(e.note, f"gives {owned.name}"))
+                    for e in entries
+                ]
+            else:
+                first, note = entries[0], f"gives {owned.name}, with {owned.main}"
+                said[name] = [InitEntry(name, first.module, tuple(original.shape), first.rule, first.scheme, note=note)]
+        return said
+
+
+def target_of(owned: Owned, blocks: Sequence[Block], advice: Mapping[int, Advice]) -> float | None:
+    """What a calibration brings the output of a weight to; None for all that no formula scales."""
+    known = next((advice[id(p)] for p in owned.originals.values() if id(p) in advice), None)
+    scaled = all(block.entry.fan is not None and block.entry.target_std for block in blocks)
+    chosen = any(block.entry.found == OVERRIDE for block in blocks)
+    table = blocks[0].entry.rule in ("Embedding", "EmbeddingBag") or (known is not None and known.role != "weight")
+    return None if chosen or table or not scaled else (1.0 if known is None else known.factor)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.detach().double().square().mean().sqrt()) if values.numel() else 0.0
+
+
+def _unreadable(tensor: Tensor) -> bool:
+    return tensor.is_meta or is_sharded(tensor)
+
+
+def _measured(block: Block, values: Tensor | None) -> InitEntry:
+    part = None if values is None else block.part(values)
+    if part is None or part.numel() < 2 or not part.is_floating_point():
+        return block.entry
+    precise = part if part.dtype is torch.float64 else part.float()
+    return replace(block.entry, measured_std=float(precise.std()))
+
+
+def in_order(model: nn.Module, parts: Sequence[Part], measured: bool) -> tuple[InitEntry, ...]:
+    """The entries of all parameters, in registration order."""
+    said = {name: entries for part in parts for name, entries in part.entries(measured).items()}
+    names = [clean_name(path) for path, _ in model.named_parameters(remove_duplicate=False)]
+    return tuple(entry for name in dict.fromkeys(names) for entry in said.get(name, ()))

@@ -1,0 +1,86 @@
+"""How a weight is drawn: what the call says, what an override says instead, and what is known of the parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_gradhealth.init.advice import Advice
+from lightning_gradhealth.init.schemes import AUTO, LECUN, SCHEMES, Scheme
+
+OVERRIDE = "override"  # how a gain or a std was found that a person has given
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How weights are drawn, for the whole call or, by an override, for one parameter.
+
+    Attributes:
+        scheme: The scheme.
+        distribution: The law of the numbers.
+        mode: The fan to divide by; None: the scheme's own.
+        gain: The gain where neither the parameter's advice nor an initializer gives one.
+        gamma: The factor on every gain.
+        gain_given: The call has named the nonlinearity, so that the gain holds for any scheme.
+        fixed_gain: An override's gain, which neither an initializer nor a residual factor changes.
+        std: An override's standard deviation, which takes the place of the formula.
+        names_scheme: The scheme is an override's.
+        note: Which override speaks.
+    """
+
+    scheme: Scheme
+    distribution: str
+    mode: str | None
+    gain: float
+    gamma: float
+    gain_given: bool = False
+    fixed_gain: float | None = None
+    std: float | None = None
+    names_scheme: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What comes of the settings for one parameter; `factor` is that of a residual branch."""
+
+    scheme: Scheme
+    distribution: str
+    mode: str
+    gain: float
+    gamma: float
+    factor: float = 1.0
+    found: str = ""
+    follows: str = ""
+    note: str = ""
+
+
+def recipe(settings: Settings, advice: Advice | None, gain: float | None) -> Recipe:
+    """Join settings, advice and the gain that an initializer asks for (None: it leaves that open)."""
+    scheme, found, follows = settings.scheme, "", ""
+    factor = 1.0 if advice is None else advice.factor
+    if scheme is AUTO:
+        scheme = LECUN if advice is None or not advice.scheme else SCHEMES[advice.scheme]
+        if settings.fixed_gain is None and gain is None and advice is not None and advice.gain is not None:
+            gain, found, follows = advice.gain, advice.found, advice.follows
+    if settings.fixed_gain is not None:
+        gain, factor, found = settings.fixed_gain, 1.0, OVERRIDE
+    drawn = advice is not None and advice.role in ("weight", "lookup")
+    notes = [settings.note, advice.note if advice is not None and drawn else ""]
+    if factor not in (0.0, 1.0):
+        notes.append(f"std times {factor:.3g} for its residual branch")
+    return Recipe(
+        scheme=scheme,
+        distribution=settings.distribution,
+        mode=settings.mode or scheme.mode,
+        gain=settings.gain if gain is None else gain,
+        gamma=settings.gamma,
+        factor=factor,
+        found=found,
+        follows=follows,
+        note=joined(*notes),
+    )
+
+
+def joined(*notes: str) -> str:
+    """The notes that say something, in one line."""
+    return "; ".join(filter(None, notes))
