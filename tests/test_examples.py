@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,74 @@ def test_rescue(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < saved.clipped_steps < 0.1 * saved.steps
     assert "adaptive_clipping" in {finding.condition for finding in saved.findings}
     assert "tensorboard --logdir" in capsys.readouterr().out
+
+
+def test_custom_module(capsys: pytest.CaptureFixture[str]) -> None:
+    report, variances, accuracy = importlib.import_module("custom_module").main(["--epochs", "3"])
+    assert not report.uncovered
+    rules = {entry.name: (entry.rule, entry.scheme) for entry in report.entries}
+    assert rules["patches.weight"][0] == rules["layers.0.branch.out"][0] == "traced"
+    assert rules["positions.table"][0] == "init_positions"
+    assert {rules[f"layers.0.branch.qkv[{block}]"][0] for block in range(3)} == {"Attention"}
+    assert {rules[f"layers.1.branch.into[{block}]"][0] for block in range(2)} == {"SwiGLU"}
+    assert rules["layers.0.scale"] == ("state", "kept")
+    names = [point.name for point in report.depth]
+    assert list(variances["calibrated"]) == names  # what the example measures by itself is what the library has seen
+    assert all(variance == pytest.approx(1, abs=0.05) for variance in variances["calibrated"].values())
+    for name, variance in variances["as drawn"].items():
+        least = 0.05 if name == "head.weight" or name.endswith("out") else 0.5  # what reads a mean over tokens has less
+        assert least < variance < 2, name  # the weight before a scale of .1 does not make up for it
+    assert accuracy > 0.7
+    assert "Variance of what a weight gives" in capsys.readouterr().out
+
+
+def test_deep_nets_linear_and_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    results = importlib.import_module("deep_nets").main(["--only", "linear,signal"])
+    assert all(deviation < 1e-14 for row in results["linear"].values() for deviation in row)
+    signal = results["signal"]
+    for name, per_layer in (("torch's default", 1 / 6), ("Xavier", 1 / 2), ("He", 1), ("auto", 1)):
+        square, gradient = signal[name]
+        expected = per_layer**29  # from the first to the last of 30 layers
+        assert 1 / 3 < square / expected < 3, name
+        assert 1 / 2 < gradient / math.sqrt(expected) < 2, name
+    assert "3e-23" in capsys.readouterr().out
+
+
+def test_deep_nets_refuses_a_part_it_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module("deep_nets").main(["--only", "mlp,lstm"])
+    assert "linear,signal,mlp,cnn,residual, got lstm" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_deep_nets_mlp() -> None:
+    rows = importlib.import_module("deep_nets").main(["--only", "mlp"])["mlp"]
+    chance = math.log(10)
+    for default, xavier, he, auto in zip(*rows.values(), strict=True):  # 22 layers, then 30
+        assert default == pytest.approx(chance, abs=0.01)
+        assert xavier < chance + 0.01
+        assert max(he, auto) < 1.2 < xavier
+    (at_22, at_30) = rows["Xavier"]
+    assert at_22 < at_30 - 0.3
+    assert at_30 > 2.2
+
+
+@pytest.mark.slow
+def test_deep_nets_cnn() -> None:
+    rows = importlib.import_module("deep_nets").main(["--only", "cnn"])["cnn"]
+    for name in ("delta-orthogonal", "auto"):
+        (accuracy,) = rows.pop(name)
+        assert accuracy > 0.7, name
+    assert all(accuracy < 0.5 for (accuracy,) in rows.values()), rows
+
+
+@pytest.mark.slow
+def test_deep_nets_residual() -> None:
+    rows = importlib.import_module("deep_nets").main(["--only", "residual"])["residual"]
+    first, accuracy = rows.pop("He, no care")
+    assert 1e14 < first < 1e17  # a block triples the variance: sqrt(3)^64 = 1.9e15
+    assert math.isnan(accuracy)
+    assert all(first < 4 for first, _ in rows.values())
+    tamed = [rows[name][1] for name in ('residual="fixup"', 'residual="zero_last"', "auto")]
+    assert min(tamed) > 0.85
+    assert rows["GPT-2"][1] < min(tamed)

@@ -7,23 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rich
 import torch
 from conftest import Classifier, batches, mlp
 from torch import nn
 
 import lightning_gradhealth as gh
 from lightning_gradhealth.init import handlers
+from lightning_gradhealth.report import plain
 from lightning_gradhealth.sinks import layout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What README registers is forgotten again."""
+    monkeypatch.setattr(handlers, "_RULES", dict(handlers._RULES))
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def run(block: str, names: dict[str, Any]) -> dict[str, Any]:
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
 def test_every_python_block_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(handlers, "_RULES", dict(handlers._RULES))
     model = Classifier(mlp())
     names: dict[str, Any] = {
         "model": model,
@@ -32,14 +48,61 @@ def test_every_python_block_runs(
         "loss_fn": nn.functional.cross_entropy,
         "gh": gh,
     }
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
+    blocks = python_blocks()
+    assert len(blocks) == 7
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        run(block, names)
     assert "True" in capsys.readouterr().out
     assert (tmp_path / "health.md").read_text(encoding="utf-8").startswith("# Health: healthy")
-    assert not names["report"].uncovered
-    assert {entry.rule for entry in names["report"].entries} == {"init_mixer", "Linear"}
+    report, model = names["report"], names["model"]
+    assert not report.uncovered
+    rules = [(entry.name, entry.rule, entry.scheme) for entry in report.entries]
+    assert rules == [
+        ("0.weight", "Linear", "orthogonal"),
+        ("0.bias", "skipped", "kept"),
+        ("1.table", "init_positions", "lecun"),
+        ("4.weight", "Linear", "std"),
+        ("4.bias", "skipped", "kept"),
+    ]
+    assert model[4].weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert model[1].table.std().item() == pytest.approx(0.02, rel=0.1)
+    singular = torch.linalg.svdvals(model[0].weight.detach())
+    assert singular.max().item() == pytest.approx(singular.min().item(), rel=1e-4)
+    assert report.depth[0].after == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_report_is_that_of_the_code() -> None:
+    """Up to figures that another processor may round otherwise."""
+    code, shown = re.search(r"<!-- the report -->\n```python\n(.*?)```\n\n```text\n(.*?)```", README, re.S).groups()
+    names = run(code, {"gh": gh, "rich": rich})
+    printed = plain(names["report"].__rich__(), width=100)
+    to_paste = f"README's report should read:\n{printed}"
+    now, then = printed.split(), shown.split()
+    assert len(now) == len(then), to_paste
+    for ours, theirs in zip(now, then, strict=True):
+        try:
+            assert float(ours) == pytest.approx(float(theirs), rel=0.02), to_paste
+        except ValueError:
+            assert ours == theirs, to_paste
+
+
+def test_a_large_model_gets_the_weights_of_one_process() -> None:
+    (block,) = [block for block in python_blocks() if "fully_shard" in block]
+    names = run(block, {"gh": gh, "torch": torch, "nn": nn})
+    split = []
+    names["fully_shard"] = lambda module, mesh: split.append(module)
+    large = names["Large"]()
+    large._device_mesh = {"data_parallel": None}
+    large.configure_model()
+    assert split == [large.net]
+    assert all(parameter.is_meta for parameter in large.parameters())
+    large.net.to_empty(device="cpu")
+    for module in large.net:  # as Lightning does
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    whole = nn.Sequential(nn.Linear(64, 4096), nn.GELU(), nn.Linear(4096, 10))
+    gh.init_weights(whole, torch.empty(1, 64), seed=0)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(large.parameters(), whole.parameters(), strict=True))
 
 
 def test_names_exist() -> None:
