@@ -278,6 +278,32 @@ def test_calibration_leaves_a_weight_whose_scale_is_not_its_own():
     assert "scale of its own" in entry(report, "0.parametrizations.weight.original").note
 
 
+# --- samples ---
+
+
+def test_a_large_batch_of_images_gives_the_weights_of_a_small_one():
+    weights = []
+    for rows in (4, 64):
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 8, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        )
+        model(torch.zeros(1, 3, 12, 12))
+        init_weights(model, torch.randn(rows, 3, 12, 12), seed=0)
+        weights.append([parameter.clone() for parameter in model.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+def test_a_model_that_wants_all_its_rows_gets_them():
+    model = Calls(lambda self, x: self.conv(x.view(16, 3, 6, 6)), conv=nn.Conv2d(3, 2, 3))
+    assert init_weights(model, torch.randn(16, 3, 6, 6), seed=0).source == "trace (fake tensors)"
+
+
 # --- messages ---
 
 
