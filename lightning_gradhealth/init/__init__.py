@@ -1,4 +1,17 @@
-"""Initialisation that keeps the variance of signals and gradients through any depth."""
+"""Initialisation that keeps the variance of signals and gradients through any depth.
+
+Where things are:
+
+- single tensors: `schemes`, `orthogonal`, `fans`, `gains`;
+- what a call asks for: `call`, `settings`, `overrides`, `axes`;
+- how a model is read: `auto` (all that a recorded forward pass tells, as `advice`), `guess` and `module_order` where
+  there is no sample; for it `paths` and `replay` (what lies between two weights), `surroundings`, `tables`, `composed`,
+  `deliberate`, `critical`, `recurrence`, `residual`;
+- what it leads to: `prediction` (with `flow`, `curves`) and its `verdict`;
+- who decides and draws: `owned` and `parametrized` (what the parameters are), `handlers`, `context`, `decide`,
+  `drawing`, `blocks`, `parts`, `plan`;
+- afterwards: `calibration`; on the meta device `binding` and `stand_ins`.
+"""
 
 from lightning_gradhealth.init.axes import Axes
 from lightning_gradhealth.init.context import InitContext
