@@ -148,6 +148,7 @@ class _Adviser:
                 self._scales,
                 factors={s: f for s, f in self._factors.items() if self._graph.stations[s].kind == "norm"},
                 composed={index: composition.std for index, composition in self._compositions.items()},
+                meant=self._stds,
             ),
         )
 

@@ -30,6 +30,7 @@ class Prediction:
         factors: What the scale of a norm is multiplied by, by station; 1 for those that are missing.
         composed: Of a weight that is made of several parameters, by station: its root mean square for given ones of
             these, by value.
+        meant: The standard deviation that a weight's output is meant to have, by station; 1 for those that are missing.
 
     Paper: Poole et al. 2016 (arXiv:1606.05340); Schoenholz et al. 2017 (arXiv:1611.01232).
     """
@@ -42,10 +43,11 @@ class Prediction:
         scales: Mapping[int, float] | None = None,
         factors: Mapping[int, float] | None = None,
         composed: Mapping[int, Callable[[Mapping[int, float]], float | None]] | None = None,
+        meant: Mapping[int, float] | None = None,
     ) -> None:
         self._graph, self._replayer, self._given = graph, replayer, dict(given)
         self._scales, self._factors = dict(scales or {}), dict(factors or {})
-        self._composed = dict(composed or {})
+        self._composed, self._meant = dict(composed or {}), dict(meant or {})
 
     def __call__(
         self, stds: Mapping[int, float], names: Mapping[int, str]
@@ -67,9 +69,10 @@ class Prediction:
             DepthPoint(name=name, forward=forward, backward=gradient, target=forward)
             for (name, (_, forward)), gradient in zip(found.items(), gradients, strict=True)
         ]
+        signal = [forward / (self._meant.get(index) or 1.0) for index, forward in found.values()]
         verdict = Verdict(self._graph, self._replayer, flow)
         warned = [
-            *verdict.of_signal(points),
+            *verdict.of_signal(points, signal),
             *verdict.of_gradients(points, balance),
             *verdict.of_loud_outputs(stds, names),
             *verdict.of_sensitivity(),

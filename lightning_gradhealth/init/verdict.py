@@ -35,13 +35,16 @@ class Verdict:
     replayer: Replayer
     flow: Flow
 
-    def of_signal(self, points: Sequence[DepthPoint]) -> list[str]:
-        """A note where the signal changes too much from the first weight to the last."""
-        found = _change([(point.name, point.forward or 0.0) for point in reversed(points)])
+    def of_signal(self, points: Sequence[DepthPoint], signal: Sequence[float]) -> list[str]:
+        """A note where the signal, in units of what is meant, changes too much from the first weight to the last."""
+        found = _change([(point.name, size) for point, size in zip(reversed(points), reversed(signal), strict=True)])
         if found is None:
             return []
         last, first, change = found
-        said = f"the signal is predicted to change by a factor of {change:.2g} from {first} to {last}"
+        sizes = {point.name: point.forward or 0.0 for point in points}
+        said = (
+            f"the signal is predicted to change by a factor of {sizes[last] / sizes[first]:.2g} from {first} to {last}"
+        )
         if not self._has_norms():
             return [f"{said}; put {self._missing()} between"]
         down = ', or scale the branches down by residual="depth"' if change > 1 and self._has_branches() else ""

@@ -192,6 +192,7 @@ def test_a_stretched_activation_gets_an_argument_of_variance_one():
     mean_square = (1 - math.exp(-2)) / 2
     assert entry(report, "2.weight").gain == pytest.approx(1 / 30 / math.sqrt(mean_square), rel=0.01)
     assert entry(report, "0.weight").gain == pytest.approx(1 / 30, rel=0.01)
+    assert not any("signal is predicted" in note for note in report.notes)  # it is as small as it is meant to be
 
 
 def test_in_a_loop_the_smallest_gain_holds():
