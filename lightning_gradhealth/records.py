@@ -462,8 +462,8 @@ class InitReport(Record):
     Attributes:
         entries: One for each parameter or block of one, in registration order.
         seed: The seed the draws came from; the same seed gives the same weights again.
-        source: How the model was read: "trace (fake tensors)", "trace (real batch)", "trace (meta)" or "module order"
-            ("": it was not, as the scheme needs nothing of it).
+        source: How the model was read: "trace (fake tensors)", "trace (real batch)", "trace (meta)", "trace (guessed
+            4×784)" where there was no sample, or "module order".
         residual: What was done to residual branches: "none", "depth", "zero_last" or "fixup".
         depth: The predicted signal at every weight, in order of use; empty without a trace.
         notes: What else to know about the model as a whole.

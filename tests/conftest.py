@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -90,3 +91,15 @@ def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "max_epochs": 100,
     }
     return pl.Trainer(**{**defaults, **options}, callbacks=list(callbacks))
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a test a registry of initializers of its own."""
+    from lightning_gradhealth.init import handlers
+
+    fresh = functools.singledispatch(handlers.initialize.registry[object])
+    for kind, handler in handlers.initialize.registry.items():
+        fresh.register(kind, handler)
+    monkeypatch.setattr(handlers, "initialize", fresh)
+    monkeypatch.setattr(handlers, "_RULES", dict(handlers._RULES))

@@ -49,7 +49,8 @@ class Advised:
 
     Attributes:
         advice: By the identity of the parameter; of a parametrized weight, by that of each original.
-        source: "trace (fake tensors)", "trace (real batch)", "trace (meta)" or "module order".
+        source: "trace (fake tensors)", "trace (real batch)", "trace (meta)", "trace (guessed 4×784)" (where there was
+            no sample) or "module order".
         residual: What `residual="auto"` came to: "none", "depth", "zero_last" or "fixup".
         notes: Warnings about the model as a whole.
         forecast: The signal and its gradient at every weight, for given standard deviations of the weights by identity

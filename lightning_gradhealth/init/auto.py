@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_gradhealth.init.advice import Advice, Advised
@@ -17,7 +16,7 @@ from lightning_gradhealth.init.deliberate import biases_on_purpose, is_zero, sec
 from lightning_gradhealth.init.gains import Nonlinearity, gain as gain_of
 from lightning_gradhealth.init.guess import guessed
 from lightning_gradhealth.init.module_order import by_module_order
-from lightning_gradhealth.init.parametrized import from_hook
+from lightning_gradhealth.init.parametrized import originals
 from lightning_gradhealth.init.prediction import Prediction
 from lightning_gradhealth.init.recurrence import input_layer, simulate
 from lightning_gradhealth.init.replay import Passage, Replayer
@@ -118,10 +117,7 @@ class _Adviser:
         self._stds: dict[int, float] = {}  # what each station's output is meant to have
         self._scales: dict[int, float] = {}  # what the forward pass multiplies a weight by, where it does
         self._sequences: dict[int, list[Tensor]] = {}
-        lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
-        self._parametrized = {id(p) for module in lists for p in module.parameters(recurse=False)}
-        hooked = [from_hook(hook, m) for m in model.modules() for hook in m._forward_pre_hooks.values()]
-        self._parametrized |= {id(p) for computed in hooked if computed is not None for p in computed.originals}
+        self._parametrized = {id(original) for original in originals(model)}
         self._compositions: dict[int, Composition] = {}  # of the weights that are made of several parameters
         self._roles: dict[Any, Roles] = {}  # of these parameters, by how the weight is made
         self._advice: dict[int, Advice] = {}

@@ -19,7 +19,7 @@ from lightning_gradhealth.init.advice import Advice
 from lightning_gradhealth.init.deliberate import is_zero
 from lightning_gradhealth.init.fans import Fans, fans
 from lightning_gradhealth.init.handlers import WEIGHTED
-from lightning_gradhealth.init.paths import WeightPath
+from lightning_gradhealth.init.paths import UNREPLAYABLE, WeightPath
 from lightning_gradhealth.init.replay import Replayer
 from lightning_gradhealth.init.schemes import SCHEMES
 from lightning_gradhealth.tracing import Graph, Station, Trace
@@ -130,7 +130,7 @@ def compose(
             if key not in known:
                 known[key] = composer.roles()
             return composer.measured(known[key])
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError):
+    except UNREPLAYABLE:
         return None  # operations of other devices, or values that are not here
 
 

@@ -181,6 +181,22 @@ def has_computed(model: nn.Module) -> bool:
     return any(parametrize.is_parametrized(module) for module in model.modules())
 
 
+def originals(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters from which torch's parametrizations and older hooks compute weights.
+
+    Example:
+        >>> from torch.nn.utils.parametrizations import weight_norm
+        >>> [tuple(original.shape) for original in originals(weight_norm(nn.Linear(3, 2)))]
+        [(2, 1), (2, 3)]
+    """
+    for module in model.modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            yield from module.parameters(recurse=False)
+        for hook in module._forward_pre_hooks.values():
+            if (found := from_hook(hook, module)) is not None:
+                yield from found.originals
+
+
 def computed_weights(model: nn.Module) -> Iterator[Computed]:
     """All weights of a model that are computed from parameters; run it inside `parametrize.cached()`."""
     for module in model.modules():

@@ -17,6 +17,8 @@ MANY = 1 << 17  # numbers that need no better order than a random one
 CORRELATION = 0.5  # of neighbouring positions: within a factor of 2 of both extremes, whatever is pooled
 _CPU = torch.device("cpu")  # one place, so that the gains are the same to the last bit
 PRODUCTS = {"mm", "bmm", "baddbmm"}
+# what a replay may raise: operations of other devices or that vmap refuses, values that are not here
+UNREPLAYABLE = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
 _ELEMENTWISE = {"copy", "_prelu_kernel"}  # without torch's tag
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhealth.init.gains import normal_nodes
-from lightning_gradhealth.init.paths import Path, Run, WeightPath, noise
+from lightning_gradhealth.init.paths import UNREPLAYABLE, Path, Run, WeightPath, noise
 from lightning_gradhealth.tracing import VIEWS, Graph, Station
 
 ENOUGH = 1 << 18  # random numbers that a moment is taken from: their error is below 0.5 %
@@ -159,7 +159,7 @@ class Replayer:
         try:
             with torch.no_grad():
                 once, twice = (self.weight(station, {parameter: factor * numbers}) for factor in (1.0, 2.0))
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError):
+        except UNREPLAYABLE:
             return None  # operations of other devices, or values that are not here
         if not torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-6):
             return None
@@ -170,7 +170,7 @@ class Replayer:
             try:
                 with _own_random_numbers():
                     found = attempt(path)
-            except (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError):
+            except UNREPLAYABLE:
                 continue  # the other way, and then none: operations of other devices, or values that are not here
             if found is not None:
                 return found

@@ -1,11 +1,10 @@
 """One recorded forward pass: weights in order of use, what lies between them, and where branches merge."""
 
-from lightning_gradhealth.tracing.graph import INPUT, NORMS, VIEWS, Graph, Station
+from lightning_gradhealth.tracing.graph import INPUT, VIEWS, Graph, Station
 from lightning_gradhealth.tracing.record import UNITS, Event, Ref, Trace, TraceError, follow, trace
 
 __all__ = [
     "INPUT",
-    "NORMS",
     "UNITS",
     "VIEWS",
     "Event",

@@ -42,7 +42,7 @@ _ONE_SIDED = {
 }
 _ONE_SIDED |= {"_conv_depthwise2d", "_slow_conv2d_forward", "_trilinear"}
 _LOOKUPS = {"embedding", "embedding_renorm", "_embedding_bag", "_embedding_bag_forward_only", "embedding_bag"}
-NORMS = {
+_NORMS = {
     "native_layer_norm",
     "native_group_norm",
     "native_batch_norm",
@@ -129,8 +129,8 @@ class Graph:
     Attributes:
         stations: By the index of their event, in order.
         elementwise: Parameters that meet the signal other than as weights: what operator, by value.
-        kept: Biases that keep the values they have: no replay takes them for 0.
         biases: Those among them that are added to what a weight gives: the station of the weight, by value.
+        kept: Biases that keep the values they have: no replay takes them for 0.
 
     Example:
         >>> import torch
@@ -223,7 +223,7 @@ class Graph:
         if name in _LOOKUPS:
             table, *_ = reads
             return Station(index, "lookup", tuple(reads[1:2]), tuple(sorted(states[table].parameters)), table)
-        if name in NORMS:
+        if name in _NORMS:
             return self._norm(index, reads, states)
         if name in _CONTRACTIONS:
             return self._weight(index, event, states)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from calls import Calls
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -14,17 +15,12 @@ OUT, IN = 96, 128
 WANTED = math.sqrt(2 / IN)  # He: a ReLU follows
 
 
-class Made(nn.Module):
+class Made(Calls):
     """A linear layer whose weight is what a function makes of its parameters."""
 
     def __init__(self, make, **parts):
-        super().__init__()
+        super().__init__(lambda self, x: F.linear(x, self.make(self)), **parts)
         self.make = make
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return F.linear(x, self.make(self))
 
 
 def table(*shape, std=0.3):

@@ -1,22 +1,12 @@
 """`gradhealth_axes`: what a class declares about its parameters, and who comes before whom."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
 
-from lightning_gradhealth.init import Axes, handlers, init_weights, register_initializer
+from lightning_gradhealth.init import Axes, init_weights, register_initializer
 
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch):
-    """Give each test a registry of its own."""
-    fresh = functools.singledispatch(handlers.initialize.registry[object])
-    for kind, handler in handlers.initialize.registry.items():
-        fresh.register(kind, handler)
-    monkeypatch.setattr(handlers, "initialize", fresh)
-    monkeypatch.setattr(handlers, "_RULES", dict(handlers._RULES))
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 class Fused(nn.Linear):

@@ -1,23 +1,14 @@
 """`overrides=`: what is selected, what is done, who wins, and every way to get it wrong."""
 
-import functools
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_gradhealth.init import handlers, init_weights, register_initializer
+from lightning_gradhealth.init import init_weights, register_initializer
 
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch):
-    """Give each test a registry of its own."""
-    fresh = functools.singledispatch(handlers.initialize.registry[object])
-    for kind, handler in handlers.initialize.registry.items():
-        fresh.register(kind, handler)
-    monkeypatch.setattr(handlers, "initialize", fresh)
-    monkeypatch.setattr(handlers, "_RULES", dict(handlers._RULES))
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 class MyLinear(nn.Linear):

@@ -1,6 +1,5 @@
 """What `init_weights` promises about a whole model: its account, its seeds, its errors."""
 
-import functools
 import json
 import math
 import re
@@ -10,19 +9,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from lightning_gradhealth.init import InitContext, gain, handlers, init_weights, register_initializer
+from lightning_gradhealth.init import InitContext, gain, init_weights, register_initializer
 from lightning_gradhealth.records import InitReport
 
-
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch):
-    """Give each test a registry of its own."""
-    original = handlers.initialize
-    fresh = functools.singledispatch(original.registry[object])
-    for kind, handler in original.registry.items():
-        fresh.register(kind, handler)
-    monkeypatch.setattr(handlers, "initialize", fresh)
-    monkeypatch.setattr(handlers, "_RULES", dict(handlers._RULES))
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 def snapshot(model):

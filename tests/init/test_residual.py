@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from calls import Calls
 from torch import nn
 from torch.nn import functional as F
 
@@ -100,17 +101,6 @@ def test_branches_of_common_kinds(make, normed, gated):
     assert resolve("auto", found) == ("none" if normed or gated else "depth")
 
 
-class Custom(nn.Module):
-    def __init__(self, forward, **parts):
-        super().__init__()
-        self.function = forward
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def unrolled_cell(self, x):
     h, c = torch.zeros(len(x), WIDTH), torch.zeros(len(x), WIDTH)
     for step in x.unbind(1):
@@ -137,19 +127,19 @@ def dense(self, x):
     [
         (nn.Sequential(layer(), nn.ReLU(), layer()), ROWS),
         (
-            Custom(unrolled_cell, x=layer(outputs=4 * WIDTH), h=layer(outputs=4 * WIDTH), head=layer()),
+            Calls(unrolled_cell, x=layer(outputs=4 * WIDTH), h=layer(outputs=4 * WIDTH), head=layer()),
             torch.randn(2, 5, WIDTH),
         ),
-        (Custom(unet, a=layer(), b=layer(), c=layer(2 * WIDTH)), ROWS),
-        (Custom(dense, a=layer(), b=layer(2 * WIDTH), c=layer(4 * WIDTH)), ROWS[:, :WIDTH]),
-        (Custom(lambda self, x: self.a(x) + self.b(x), a=layer(), b=layer()), ROWS),
-        (Custom(lambda self, x: self.a(x[:, :4]) + self.b(x[:, 4:]), a=layer(4), b=layer(4)), ROWS),
+        (Calls(unet, a=layer(), b=layer(), c=layer(2 * WIDTH)), ROWS),
+        (Calls(dense, a=layer(), b=layer(2 * WIDTH), c=layer(4 * WIDTH)), ROWS[:, :WIDTH]),
+        (Calls(lambda self, x: self.a(x) + self.b(x), a=layer(), b=layer()), ROWS),
+        (Calls(lambda self, x: self.a(x[:, :4]) + self.b(x[:, 4:]), a=layer(4), b=layer(4)), ROWS),
         (nn.LSTM(WIDTH, WIDTH), ROWS),
     ],
     ids=["mlp", "lstm cell in a loop", "unet", "densenet", "siblings", "two towers", "lstm"],
 )
 def test_what_is_no_residual_net(model, x):
-    if isinstance(model, Custom) and model.function is dense:
+    if isinstance(model, Calls) and model.function is dense:
         model.b, model.c = layer(2 * WIDTH, 2 * WIDTH), layer(4 * WIDTH)
     assert branches_of(model, x)[0] == []
     assert gh.plan_init(model, x, seed=0).report.residual == "none"
