@@ -172,6 +172,8 @@ class Layout:
         self.flat: set[int] = set()
         self._number: dict[str, int] = {}
         self._used: list[str] = []
+        self._layers: list[tuple[str, str]] = []
+        self._layer_of: dict[str, str] = {}
         self._cancelled: frozenset[int] | None = None
         self.refresh()
 
@@ -216,6 +218,14 @@ class Layout:
         self.sizes.append(parameter.numel())
         self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding, kind))
         self._cancelled = None
+
+    def layer_of(self, module: str) -> str:
+        """The layer that the parameters of a module belong to, by the module's clean path; "" if it owns none."""
+        if len(self._layers) != len(self.slots):
+            root = type(self.model).__name__
+            self._layers = [(slot.owner or root, self.names[slot.layer]) for slot in self.slots]
+            self._layer_of = dict(reversed(self._layers))
+        return self._layer_of.get(module, "")
 
     def set_sizes(self, slots: Sequence[int], sizes: Sequence[int]) -> None:
         """Learn how large whole parameters are of which this rank holds a part."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_gradhealth import sharding
 from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import clean_name, is_compiled, unwrap
+from lightning_gradhealth.trees import tensors
 
 SHOWN = 3
 FINITE, MASKED, BAD = 0, 1, 2  # MASKED: nothing worse than -inf, as attention masks have on purpose
@@ -143,11 +144,11 @@ class _Search:
                 return self._origin(self._name(path), module, "parameters")
         with torch.inference_mode(False), torch.enable_grad():
             loss = self._watched(rerun)
-            ends, enters = self.flags.add(_tensors(loss)), self.flags.add(_tensors(batch))
+            ends, enters = self.flags.add(tensors(loss)), self.flags.add(tensors(batch))
             values = self.flags.read()
             culprit = self._first_bad(values, finite_loss=loss is not None and values[ends] == FINITE)
             if culprit is not None:
-                start = None if next(_tensors(batch), None) is None else values[enters]
+                start = None if next(tensors(batch), None) is None else values[enters]
                 stale = values[tables[culprit.module]] == BAD
                 return self._explain(culprit, values, start, stale)
             if values[ends] != FINITE:
@@ -208,10 +209,10 @@ class _Search:
         if parent is not None:
             parent.leaf = False
         first, *others = [*args, *kwargs.values()] or [None]
-        call = _Call(name, module, parent, len(self.done), self.flags.add(_tensors(first)), 0)
-        call.rest = self.flags.add(_tensors(others))
+        call = _Call(name, module, parent, len(self.done), self.flags.add(tensors(first)), 0)
+        call.rest = self.flags.add(tensors(others))
         if self.backward:
-            call.sources = frozenset(t.grad_fn for t in _tensors([first, others]) if t.grad_fn is not None)
+            call.sources = frozenset(t.grad_fn for t in tensors([first, others]) if t.grad_fn is not None)
         self.stack.append(call)
 
     def _leave(self, module: nn.Module, output: Any) -> None:
@@ -220,7 +221,7 @@ class _Search:
         if not self.stack:
             return
         call = self.stack.pop()
-        call.out = self.flags.add(_tensors(output))
+        call.out = self.flags.add(tensors(output))
         self.done.append(call)
         if self.backward:
 
@@ -229,7 +230,7 @@ class _Search:
                 return node in call.sources or (maker is not None and maker.number < call.before)
 
             call.number = len(self.done) - 1
-            for node in _walk(_tensors(output), outside):
+            for node in _walk(tensors(output), outside):
                 self.maker.setdefault(node, call)  # children have claimed theirs: the rest is the module's own code
             call.sources = frozenset()
 
@@ -267,7 +268,7 @@ class _Search:
 
         def watch(node: Node) -> None:
             call, operation = self.maker.get(node), re.sub(r"Backward\d*$", "", node.name())
-            node.register_hook(lambda *sides: steps.append((call, operation, self.flags.add(_tensors(sides)))))
+            node.register_hook(lambda *sides: steps.append((call, operation, self.flags.add(tensors(sides)))))
 
         leaves = []
         for node in _walk([loss], lambda _: False):
@@ -280,7 +281,7 @@ class _Search:
             gradients = torch.autograd.grad(loss, leaves, torch.ones_like(loss), allow_unused=True)
         except RuntimeError as error:  # e.g. reentrant activation checkpointing
             return _unknown(f"the forward pass was finite; the backward pass could not be run again: {error}")
-        ends = [self.flags.add(_tensors(gradient)) for gradient in gradients]
+        ends = [self.flags.add(tensors(gradient)) for gradient in gradients]
         del gradients
         values = self.flags.read()
         bad = [leaf for leaf, flag in zip(leaves, ends, strict=True) if values[flag] != FINITE]
@@ -363,18 +364,6 @@ def _severity(tensor: Tensor) -> Tensor | None:
     except (RuntimeError, TypeError):  # an exotic layout or type: it is left out
         return None
     return (~(high < torch.inf)).int() + (~((high < torch.inf) & (low > -torch.inf))).int()
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in an output of any shape."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (tensor for item in value.values() for tensor in _tensors(item))
-    elif isinstance(value, (list, tuple, set)):
-        yield from (tensor for item in value for tensor in _tensors(item))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from (tensor for field in dataclasses.fields(value) for tensor in _tensors(getattr(value, field.name)))
 
 
 def _walk(outputs: Iterable[Tensor], stop: Callable[[Node], bool]) -> list[Node]:

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_gradhealth.flows import SignalChain, TemporalFlow
 from lightning_gradhealth.ratios import fitted_gain, median
 from lightning_gradhealth.serial import Record
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 class Condition(str, Enum):
     """What can be wrong with a training run, and that its clipping has set in.
-
-    Four speak of signals inside the network, which are not measured yet: no rule concludes them.
 
     Example:
         >>> Condition("non_finite") is Condition.NON_FINITE
@@ -99,6 +98,19 @@ class LayerStats(Record):
         no_gradient_since: The loggers' x value since when that has been so.
         steps_without_grad: Optimizer steps for which that has been so.
         cancelled: A bias that a normalisation subtracts again: its gradient is nothing but rounding.
+        vectors: It holds vectors only: scales, shifts, slopes. Any size of these may be right.
+        forward_rms: Root mean square of its output (signals: probed steps).
+        forward_mean: Mean of its output.
+        backward_rms: Root mean square of dL/d(output).
+        forward_gain: `forward_rms` over that of the point before it through which all of its signal comes.
+        backward_gain: `backward_rms` of that point over its own: what the gradient is multiplied by on its way back.
+        activation: What its output goes into, where that can die or saturate: "relu", "tanh", "attention", ... or "".
+        units: Number of the units of that activation (0: not known).
+        dead_fraction: Share of the units of that activation that were active in none of at least 256 samples.
+        full_fraction: Share of its units that all of these samples made active.
+        saturated_fraction: Share of its units whose derivative is on average below 5 % of its greatest.
+        forward_histogram: Elements of its output by magnitude, at most 512 of them: 32 bins, each a factor of 4,
+            from 2^-32 on; what is smaller or larger is in the first or last.
         optimizer: Index of the optimizer that steps it, the first of several (None: none does).
 
     Example:
@@ -124,12 +136,24 @@ class LayerStats(Record):
     steps_without_grad: int = 0
     cancelled: bool = False
     optimizer: int | None = None
+    vectors: bool = False
+    forward_rms: float | None = None
+    forward_mean: float | None = None
+    backward_rms: float | None = None
+    forward_gain: float | None = None
+    backward_gain: float | None = None
+    activation: str = ""
+    units: int = 0
+    dead_fraction: float | None = None
+    full_fraction: float | None = None
+    saturated_fraction: float | None = None
+    forward_histogram: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         shown = ", ".join(
             f"{f.name}={_number(value) if isinstance(value, float) else value}"
             for f in fields(self)
-            if f.name not in ("name", "numel") and (value := getattr(self, f.name)) not in (None, 0, (), False)
+            if f.name not in ("name", "numel") and (value := getattr(self, f.name)) not in (None, 0, (), False, "")
         )
         return f"LayerStats({self.name}: {shown})"
 
@@ -191,7 +215,12 @@ class StepRecord(Record):
         layers: One entry a layer, in order of first use in the forward pass.
         window: One entry an optimizer step since the previous record.
         probed: Weight norms and updates were measured in this window.
-        backward_gain: Fitted gain per layer of the backward signal (None: not measured).
+        backward_gain: Fitted gain per layer of the backward signal over the main chain, or by the biases' gradients
+            where signals are not measured (None: neither is).
+        forward_gain: The same of the forward signal (None: not measured).
+        chains: The main chain of each forward pass that was probed, one an optimizer.
+        temporal: Gradient through time of recurrent layers, by name (`temporal=True`).
+        first_non_finite: The module whose output was the first with a NaN or Inf, at the probed step.
 
     Example:
         >>> StepRecord(step=9, total_norm=2.0)
@@ -207,6 +236,10 @@ class StepRecord(Record):
     window: tuple[StepStats, ...] = ()
     probed: bool = False
     backward_gain: float | None = None
+    forward_gain: float | None = None
+    chains: tuple[SignalChain, ...] = ()
+    temporal: dict[str, TemporalFlow] = field(default_factory=dict)
+    first_non_finite: str = ""
 
     def __repr__(self) -> str:
         return f"StepRecord(step={self.step}, total_norm={_number(self.total_norm)}, layers={len(self.layers)})"
@@ -386,6 +419,103 @@ class HealthReport(Record):
         from lightning_gradhealth.report import save_health
 
         return save_health(self, Path(path))
+
+
+@dataclass(frozen=True, repr=False)
+class FlowReport(Record):
+    """What `diagnose` saw of the signal on its way through a model, before anything was trained.
+
+    Attributes:
+        layers: Every layer, in order of first use: `forward_rms`, `forward_gain`, `backward_rms`, `backward_gain`,
+            `activation`, `dead_fraction`, `saturated_fraction`, `grad_norm`.
+        chain: The main chain: the points that all of the signal goes through.
+        forward_gain: What one layer of the main chain multiplies the signal by, fitted over all; None: not measured.
+        backward_gain: The same of the gradient on its way back.
+        depth_limit: Number of layers over which the signal, at the gain that is farther from 1, falls below 1e-3 of
+            what it was, or grows beyond 1e3; None: it does not, or it was not measured.
+        outlook: The same in words, as "the gradient is below 1e-3 after 14 more layers".
+        findings: What is wrong: the gravest first, and causes before their symptoms.
+        remedies: What to do; where something is wrong, also what `init_weights` would change.
+        loss: The loss, where there is one.
+        notes: What could not be measured, and why.
+        temporal: Gradient through time of recurrent layers, by name.
+
+    Example:
+        >>> report = FlowReport(forward_gain=0.5, backward_gain=0.5, outlook="the signal is below 1e-3 after 7 layers")
+        >>> report
+        FlowReport(nothing was measured; 0 layers, gain 0.5 forward, 0.5 back)
+        >>> report.healthy
+        False
+    """
+
+    layers: tuple[LayerStats, ...] = ()
+    chain: SignalChain = field(default_factory=SignalChain)
+    forward_gain: float | None = None
+    backward_gain: float | None = None
+    depth_limit: int | None = None
+    outlook: str = ""
+    findings: tuple[Finding, ...] = ()
+    remedies: tuple[str, ...] = ()
+    loss: float | None = None
+    notes: tuple[str, ...] = ()
+    temporal: dict[str, TemporalFlow] = field(default_factory=dict)
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """The conditions found with severity warning or critical."""
+        return frozenset(f.condition for f in self.findings if f.severity is not Severity.INFO)
+
+    @property
+    def measured(self) -> bool:
+        """Whether the signal of any layer was measured."""
+        return any(layer.forward_rms is not None for layer in self.layers)
+
+    @property
+    def healthy(self) -> bool:
+        """True where signals were measured and nothing above info was found."""
+        return self.measured and not self.conditions
+
+    @property
+    def verdict(self) -> str:
+        """The conditions, the gravest first; "healthy"; or that nothing was measured."""
+        found = ", ".join(dict.fromkeys(str(f.condition) for f in self.findings if f.severity is not Severity.INFO))
+        return found or ("healthy" if self.measured else "nothing was measured")
+
+    def __repr__(self) -> str:
+        gains = f"gain {_number(self.forward_gain)} forward, {_number(self.backward_gain)} back"
+        return f"FlowReport({self.verdict}; {len(self.layers)} layers, {gains})"
+
+    def __str__(self) -> str:
+        from lightning_gradhealth.report import plain, render_flow
+
+        return plain(render_flow(self), width=160)
+
+    def __rich__(self) -> RenderableType:
+        from lightning_gradhealth.report import render_flow
+
+        return render_flow(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report; the suffix decides how: .json, .md or .txt.
+
+        Args:
+            path: The file to write; missing folders are made.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ValueError: The suffix is none of these.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     FlowReport().save(Path(folder) / "flow.json").name
+            'flow.json'
+        """
+        from lightning_gradhealth.report import save_flow
+
+        return save_flow(self, Path(path))
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,12 @@ class Record:
         encoded: dict[str, Any] = _encode(self)
         return encoded
 
+    def changed(self: R, **fields: Any) -> R:
+        """Return a copy with other values of some fields, several times faster than to build it anew."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, **fields)
+        return copy
+
     @classmethod
     def from_dict(cls: type[R], data: dict[str, Any]) -> R:
         """Rebuild a record from `to_dict`'s result; unknown keys of a newer version are ignored."""

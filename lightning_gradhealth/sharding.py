@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
@@ -103,9 +105,9 @@ def local(tensor: Tensor) -> Tensor:
         >>> local(gradient) is gradient
         True
     """
-    whole = reduced(tensor)
-    if not _is_dtensor(whole):
-        return whole
+    if not _is_dtensor(tensor):
+        return tensor
+    whole = cast("DTensor", reduced(tensor))
     part = whole.to_local()
     wait: Callable[[], Tensor] | None = getattr(part, "wait", None)  # an AsyncCollectiveTensor is still on its way
     return part if wait is None else wait()
@@ -170,6 +172,23 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values.to(home)
 
 
+def gather_objects(value: T) -> list[T]:
+    """What every rank has to give, by rank; every rank has to call it.
+
+    Args:
+        value: Anything that can be pickled.
+
+    Example:
+        >>> gather_objects("mine")
+        ['mine']
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values: list[T] = [value] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def first_over_ranks(text: str) -> str:
     """The first text that is not empty on any rank, with its rank; every rank has to call it.
 
@@ -182,9 +201,7 @@ def first_over_ranks(text: str) -> str:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return text
-    texts: list[str] = [""] * distributed.get_world_size()
-    distributed.all_gather_object(texts, text)
-    return next((f"{found}, on rank {rank}" for rank, found in enumerate(texts) if found), "")
+    return next((f"{found}, on rank {rank}" for rank, found in enumerate(gather_objects(text)) if found), "")
 
 
 def reshard(model: nn.Module) -> None:

@@ -6,8 +6,8 @@ from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.gate import WhenExploding
 from lightning_gradhealth.gradients.monitor import GradientMonitor
-from lightning_gradhealth.gradients.norms import norms, read_once
 from lightning_gradhealth.gradients.weights import WeightProbe
+from lightning_gradhealth.norms import norms, read_once
 
 __all__ = [
     "Chain",

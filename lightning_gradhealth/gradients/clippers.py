@@ -21,8 +21,8 @@ from lightning_gradhealth.gradients.clipping import (
     limited,
     multiply,
 )
-from lightning_gradhealth.gradients.norms import wide
 from lightning_gradhealth.layers import Slot
+from lightning_gradhealth.norms import wide
 from lightning_gradhealth.sharding import is_flat, local, reduced
 
 # classes first: a command line tries them in order, and every class path is a regex too

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_gradhealth.gradients.norms import norms_or_zero, wide
 from lightning_gradhealth.layers import Slot
+from lightning_gradhealth.norms import norms_or_zero, wide
 from lightning_gradhealth.sharding import local
 
 log = logging.getLogger("lightning_gradhealth")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhealth.gradients.clipping import Cut
-from lightning_gradhealth.gradients.norms import wide
+from lightning_gradhealth.norms import wide
 
 FLAGS = ("coefficient", "clipped", "armed", "would", "acted")
 

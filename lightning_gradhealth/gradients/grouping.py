@@ -194,6 +194,7 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
             update_to_weight=update / sample if sample and not math.isnan(update) else None,
             learning_rate=max(rates, default=None),
             frozen=not any(layout.slots[slot].parameter.requires_grad for slot in slots),
+            vectors=all(layout.slots[slot].parameter.ndim < 2 and slot not in layout.flat for slot in slots),
             cancelled=all(slot in layout.cancelled_slots() for slot in slots),
             without_grad=tuple(layout.slots[slot].name for slot in lacking),
             no_gradient_since=min((missing[slot][0] for slot in lacking), default=None),

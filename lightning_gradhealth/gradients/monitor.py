@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from lightning_gradhealth.gradients.clipping import Clipper, Gradients
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
-from lightning_gradhealth.gradients.norms import norms, norms_or_zero, read_once
 from lightning_gradhealth.gradients.optimizers import bare, rate, still_scaled, unscaled
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
 from lightning_gradhealth.layers import LayersSpec, Layout
+from lightning_gradhealth.norms import norms, norms_or_zero, read_once
 from lightning_gradhealth.records import StepRecord
 from lightning_gradhealth.sharding import Sharding, local, reduced, sum_over_ranks
 
@@ -69,6 +69,7 @@ class GradientMonitor:
         self._clippers: dict[int, Clipper] = {}
         self._positions: dict[Pattern, Tensor] = {}
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
+        self._segments: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._open: dict[int, tuple[Row, WeightWatch, bool]] = {}
         self._hooks: dict[int, Any] = {}
 
@@ -87,6 +88,14 @@ class GradientMonitor:
     def steps_of(self, optimizer: Optimizer) -> int:
         """Steps observed of this optimizer so far."""
         return self._observed[self.index_of(optimizer)]
+
+    def expects(self, wanted: Callable[[int], bool]) -> bool:
+        """Whether the next step of any optimizer is wanted, by the number of those before; True before the first.
+
+        One that has never stepped is not waited for: it may never do so.
+        """
+        counts = [count for count in self._observed if count]
+        return not counts or any(map(wanted, counts))
 
     @property
     def sharded(self) -> bool:
@@ -248,7 +257,8 @@ class GradientMonitor:
     def _watch(self, optimizer: Optimizer, row: Row, *, still_scaled: bool) -> None:
         """Look at the weights now, and at what the step did to them when it is done."""
         number = row.optimizer
-        watch = WeightWatch([self.layout.slots[slot] for slot in row.pattern.slots], self._indices)
+        slots = [self.layout.slots[slot] for slot in row.pattern.slots]
+        watch = WeightWatch(slots, self._indices, self._segments)
         if self._shardings[number] is None:
             row.probe = watch.probe
         self._open[number] = row, watch, still_scaled

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradhealth.gradients.norms import dense, norms, wide
 from lightning_gradhealth.layers import Slot
+from lightning_gradhealth.norms import dense, norms, wide
 from lightning_gradhealth.sharding import local
 
 SAMPLE = 1_024
@@ -78,15 +79,55 @@ class Sampler:
             self._indices = indices[key]
 
     def take(self) -> Tensor:
-        """The sampled elements in float64 (float32 on MPS), flat and real."""
+        """The sampled elements, flat and real; they may share the parameter's memory."""
         parameter = local(self._parameter)
         if self._rows is not None:
             rows, touched = self._rows
             picked = parameter.index_select(0, rows) * touched.to(parameter.dtype).unsqueeze(1)
         else:
             picked = parameter if self._indices is None else torch.take(parameter, self._indices)
-        picked = dense(picked).reshape(-1)
-        return picked.to(wide(picked.device), copy=True)
+        return dense(picked).reshape(-1)
+
+
+class _Joint:
+    """The samples of many parameters in one float64 vector (float32 on MPS) a device."""
+
+    def __init__(self, picked: Sequence[Tensor]) -> None:
+        groups: dict[torch.device, list[int]] = {}
+        for number, tensor in enumerate(picked):
+            groups.setdefault(tensor.device, []).append(number)
+        self._sizes = [tensor.numel() for tensor in picked]
+        self._groups = groups
+        self._values = {
+            device: torch.cat([picked[number] for number in numbers]).to(wide(device), copy=True)
+            for device, numbers in groups.items()
+        }
+
+    def minus(self, other: _Joint) -> _Joint:
+        """The differences to other samples of the same parameters; this one is used up."""
+        for device in self._groups:
+            self._values[device].sub_(other._values[device])
+        return self
+
+    def norms(self, segments: dict[tuple[torch.device, tuple[int, ...]], Tensor]) -> Tensor:
+        """L2 norm of each sample, on the device of the first.
+
+        Args:
+            segments: Cache of the number of the sample that each element belongs to.
+        """
+        home = next(iter(self._groups), torch.device("cpu"))
+        result = torch.zeros(len(self._sizes), dtype=wide(home), device=home)
+        for device, numbers in self._groups.items():
+            sizes = tuple(self._sizes[number] for number in numbers)
+            key = (device, sizes)
+            if key not in segments:
+                segments[key] = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)).to(device)
+            values = self._values[device]
+            sums = values.new_zeros(len(sizes)).index_add_(0, segments[key], values.square())
+            if len(self._groups) == 1:
+                return sums.sqrt()
+            result[torch.tensor(numbers).to(home)] = sums.sqrt().to(home, result.dtype)
+        return result
 
 
 @dataclass
@@ -123,10 +164,11 @@ class WeightWatch:
     Args:
         parameters: The slots of the parameters that are about to be stepped.
         indices: Cache of `sample_indices` by parameter size and device.
+        segments: Cache of which element belongs to which sample, by device and sizes.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2, 1))
-        >>> watch = WeightWatch([Slot("weight", weight, 0, "", is_bias=False, is_embedding=False)], {})
+        >>> watch = WeightWatch([Slot("weight", weight, 0, "", is_bias=False, is_embedding=False)], {}, {})
         >>> _ = weight.data.mul_(1.5)
         >>> watch.close()
         >>> round((watch.probe.updates / watch.probe.sampled).item(), 6)
@@ -138,17 +180,19 @@ class WeightWatch:
         self,
         parameters: Sequence[Slot],
         indices: dict[tuple[int, torch.device], Tensor],
+        segments: dict[tuple[torch.device, tuple[int, ...]], Tensor],
     ) -> None:
         self._samplers = [Sampler(slot, indices) for slot in parameters]
-        self._before = [sampler.take() for sampler in self._samplers]
+        self._segments = segments
+        self._before = _Joint([sampler.take() for sampler in self._samplers])
         self.probe = WeightProbe(
             scale=tuple(sampler.scale for sampler in self._samplers),
             weights=norms([local(slot.parameter.detach()) for slot in parameters], exact=False),
-            sampled=norms(self._before),
+            sampled=self._before.norms(segments),
         )
 
     @torch.no_grad()
     def close(self) -> None:
         """Measure what the step changed."""
-        after = (sampler.take() for sampler in self._samplers)
-        self.probe.updates = norms([new - old for new, old in zip(after, self._before, strict=True)])
+        after = _Joint([sampler.take() for sampler in self._samplers])
+        self.probe.updates = after.minus(self._before).norms(self._segments)

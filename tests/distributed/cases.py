@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
-from lightning_gradhealth.gradients.norms import norms
 from lightning_gradhealth.layers import clean_name
+from lightning_gradhealth.norms import norms
 from lightning_gradhealth.sharding import Sharding, is_flat, is_partial, is_sharded, local, reduced
 
 CPU = torch.device("cpu")

@@ -39,8 +39,16 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """All elements in one dimension, in any order, without a copy where the memory is dense."""
+def flat(tensor: Tensor) -> Tensor:
+    """All elements in one dimension, in any order, without a copy where the memory is dense.
+
+    Args:
+        tensor: Dense, any shape.
+
+    Example:
+        >>> flat(torch.arange(4).view(2, 2).t()).tolist()
+        [0, 1, 2, 3]
+    """
     if not tensor.is_contiguous():
         strides = tensor.stride()
         tensor = tensor.permute(sorted(range(tensor.ndim), key=lambda axis: -strides[axis]))
@@ -54,9 +62,9 @@ def _blocked(tensor: Tensor, total: torch.dtype) -> Tensor:
     in `total`: too small, but neither Inf nor 0 unless an element is. (An Inf in a tensor of which another
     block overflows may stay unseen at this step.)
     """
-    flat = _flat(tensor)
-    whole = flat.numel() // _BLOCK * _BLOCK
-    blocks, rest = flat[:whole].view(-1, _BLOCK), torch.linalg.vector_norm(flat[whole:], dtype=total)
+    elements = flat(tensor)
+    whole = elements.numel() // _BLOCK * _BLOCK
+    blocks, rest = elements[:whole].view(-1, _BLOCK), torch.linalg.vector_norm(elements[whole:], dtype=total)
     parts = torch.linalg.vector_norm(blocks, dim=1)
     norm = torch.linalg.vector_norm(parts, dtype=total)
     largest = torch.linalg.vector_norm(blocks.index_select(0, parts.argmax().reshape(1)), dtype=total)
@@ -94,7 +102,8 @@ def norms(tensors: Sequence[Tensor], *, exact: bool = True) -> Tensor:
     results: dict[int, Tensor] = {}
     batches: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
     for index, tensor in enumerate(tensors):
-        view = dense(tensor)
+        plain = tensor.layout is torch.strided and not tensor.requires_grad and not tensor.is_complex()
+        view = tensor if plain else dense(tensor)
         device, dtype = view.device, view.dtype
         if device.type == "cpu" and view.numel() > _SMALL:
             quick = dtype is torch.float32 and not exact
@@ -134,7 +143,7 @@ def norms_or_zero(
 
 def _chunked(tensor: Tensor) -> Tensor:
     """Norm of a large tensor on a CPU, all in float64 (whole, `_foreach_norm` is several times slower)."""
-    chunks = torch._foreach_norm(torch.split(_flat(tensor), _CHUNK), 2, dtype=torch.float64)
+    chunks = torch._foreach_norm(torch.split(flat(tensor), _CHUNK), 2, dtype=torch.float64)
     total: Tensor = torch.linalg.vector_norm(torch.stack(chunks))
     return total
 
