@@ -1,0 +1,101 @@
+"""What hangs on modules and tensors while signals are measured, and the tensors that are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map_only
+
+from lightning_gradhealth import sharding
+from lightning_gradhealth.signals.sums import Sums
+from lightning_gradhealth.trees import tensors
+
+
+class Hook:
+    """A hook of a module, without effect in a copy: a model that carries it can be pickled, and trained elsewhere."""
+
+    _call: Callable[..., None] | None = None
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, *args: Any) -> None:
+        """Call what it is for."""
+        if torch.compiler.is_compiling():
+            return  # a compiled function calls the module: it is to be compiled as if there were no hook
+        if self._call is not None:
+            self._call(*args)
+
+
+class Backward:
+    """The hook of a tensor: adds its gradient, and keeps its norm under the number of the call where that is asked."""
+
+    def __init__(self, sums: Sums, number: int, norms: dict[int, Tensor] | None = None, call: int = 0) -> None:
+        self._sums = sums
+        self._number = number
+        self._norms = norms
+        self._call = call
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Add it."""
+        if torch.is_grad_enabled():
+            return  # create_graph: a gradient that the loss is made of, as in gradient penalties, not that of the loss
+        with torch.no_grad():
+            norm = self._sums.backward(self._number, plain(gradient))
+            if self._norms is not None:
+                self._norms.setdefault(self._call, norm)
+
+
+def first_floating(value: Any) -> Tensor | None:
+    """The first tensor of floating numbers."""
+    if type(value) is Tensor and value.is_floating_point() and _is_dense(value):
+        return value
+    return next((t for t in tensors(value) if t.is_floating_point() and _is_dense(t)), None)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def written_to(tensor: Tensor) -> Tensor:
+    """What an operation after this one would write to if it works in place: of a mere view, what it is a view of.
+
+    Written to, a view gets another history, and hooks on the one that it had are never called.
+    """
+    base = tensor._base
+    whole = base is not None and base.grad_fn is not None and base.numel() == tensor.numel()
+    return base if base is not None and whole else tensor
+
+
+def detached(value: Any) -> Any:
+    """The same without graphs."""
+    if isinstance(value, PackedSequence):
+        return value._replace(data=value.data.detach())
+    return tree_map_only(Tensor, lambda tensor: tensor.detach(), value)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """This rank's part, without its graph."""
+    return sharding.local(tensor.detach())
+
+
+def callable_roots(model: nn.Module, path: str = "") -> Iterator[nn.Module]:
+    """The modules that a loop calls: the model, or the children of a mere container.
+
+    Example:
+        >>> pair = nn.ModuleDict({"generator": nn.Linear(1, 1), "discriminator": nn.Linear(1, 1)})
+        >>> len(list(callable_roots(pair)))
+        2
+    """
+    if type(model).forward is nn.Module.forward:
+        for child in model.children():
+            yield from callable_roots(child)
+    else:
+        yield model

@@ -1,0 +1,130 @@
+"""Where signals are measured: the sites of one optimizer step, while they are."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from lightning_gradhealth.signals.kinds import Kind
+from lightning_gradhealth.signals.paths import Paths
+from lightning_gradhealth.signals.reading import Activation, Site, Spec
+from lightning_gradhealth.signals.sums import Sums
+
+CALLS = 64  # calls of a shared module within one forward pass that are measured
+GREATEST = 2_000  # sites beyond which no histograms are kept
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
+
+
+class Watched(NamedTuple):
+    """What the probe has to know of a module.
+
+    Attributes:
+        name: Its clean path, the class name for the model itself.
+        measured: Its output is measured: it owns parameters, or is a norm.
+        kind: The kind of activation that it is.
+        leaf: It has no modules inside.
+    """
+
+    name: str
+    measured: bool
+    kind: Kind | None
+    leaf: bool
+
+
+class Place:
+    """A site while it is being measured.
+
+    Attributes:
+        number: Its number, in order of first use.
+        name: See `Site`.
+        owner: See `Site`.
+        module: The module that it belongs to.
+        size: Elements of the tensor, of one pass.
+        same: The site whose tensor it shares; -1 for one of its own.
+        ndim: Dimensions of the tensor.
+        axis: The axis of its channels or features.
+    """
+
+    def __init__(self, number: int, name: str, owner: str, module: nn.Module, values: Tensor, same: int = -1) -> None:
+        self.number, self.name, self.owner, self.module, self.same = number, name, owner, module, same
+        self.size = values.numel()
+        self.ndim = values.ndim
+        self.axis = -1
+        if isinstance(module, _CHANNELS_FIRST) and self.ndim > 2:
+            space = self.ndim - (len(module.kernel_size) + 1 if isinstance(module, _ConvNd) else self.ndim - 1)
+            self.axis = space  # 1, or 0 where there is no batch
+        elif self.ndim > 3 and any(p is not None and p.ndim == self.ndim for p in module._parameters.values()):
+            self.axis = 1  # a convolution of the user's own
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is the output of a norm."""
+        return isinstance(self.module, NORMS) and self.name == self.owner
+
+
+class Step:
+    """What has been measured since the last optimizer step.
+
+    Attributes:
+        sums: The sums over signals.
+        paths: The graph that the signals take.
+        places: The sites by name.
+        numbered: The same in order of first use.
+        latest: The last one that was met.
+        calls: Calls of modules, and of activations, within the forward pass that runs.
+        passes: Forward passes, by the module that was called.
+        activations: The activations that were met.
+        flows: The gradient through time of recurrent modules.
+        unrolled: Norms of the gradients of what recurrent cells give, by cell and by call.
+        given: What recurrent modules were given, where more of that is to be measured.
+    """
+
+    def __init__(self) -> None:
+        self.sums = Sums()
+        self.paths = Paths()
+        self.places: dict[str, Place] = {}
+        self.numbered: list[Place] = []
+        self.calls: dict[str, int] = {}
+        self.passes: dict[nn.Module, int] = {}
+        self.latest: Place | None = None
+        self.flows: dict[str, dict[str, Tensor]] = {}
+        self.unrolled: dict[str, dict[int, Tensor]] = {}
+        self.given: dict[str, tuple[nn.RNNBase, Any, Any]] = {}
+        self.activations: dict[str, Activation] = {}
+
+    def place(self, name: str, owner: str, module: nn.Module, values: Tensor, same: int = -1) -> Place:
+        """The place of that name, a new one if there is none yet."""
+        if name not in self.places:
+            self.places[name] = Place(len(self.places), name, owner, module, values, same)
+            self.numbered.append(self.places[name])
+        return self.places[name]
+
+    def calls_back(self, shortest: int) -> dict[str, dict[str, Tensor]]:
+        """The gradient on its way back over the calls of each recurrent cell that was called so often in one pass."""
+        found = {}
+        for name, norms in self.unrolled.items():
+            if len(norms) >= shortest:
+                found[name] = {"calls": torch.stack([norms[call] for call in sorted(norms)])}
+        return found
+
+    def spec(self) -> Spec:
+        """What was measured, in order of first use."""
+        before = self.paths.predecessors()
+        places = list(self.places.values())
+        sites = tuple(
+            Site(place.name, place.owner, place.size, before.get(place.number, -1), place.same) for place in places
+        )
+        chain = self.paths.chain(self.sums.returned)
+        # what a weight gives to a norm may have any size
+        kept = [
+            number
+            for number, after in zip(chain, [*chain[1:], None], strict=True)
+            if after is None or not places[after].is_norm or places[number].name != places[number].owner
+        ]
+        units = tuple(self.activations.values())
+        return Spec(sites, units, tuple(kept), self.sums.flagged, len(sites) <= GREATEST)
