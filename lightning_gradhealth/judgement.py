@@ -44,6 +44,7 @@ class Judgement:
         self.skipped_steps = 0
         self.loss_seen = False
         self.depth_seen = False
+        self.signals_seen = False
 
     def add(self, record: StepRecord) -> list[Finding]:
         """Judge one record and return the findings that are new or graver than before."""
@@ -54,7 +55,9 @@ class Judgement:
         self.clipped_steps += record.clipped_steps
         self.skipped_steps += record.skipped_steps
         self.loss_seen = self.loss_seen or any(step.loss is not None for step in record.window)
-        self.depth_seen = self.depth_seen or record.backward_gain is not None
+        deep = any(len(chain.points) > 1 for chain in record.chains)
+        self.depth_seen = self.depth_seen or deep or record.backward_gain is not None
+        self.signals_seen = self.signals_seen or any(layer.forward_rms is not None for layer in record.layers)
         self.layers = {layer.name: _latest(layer, self.layers.get(layer.name)) for layer in record.layers}
         news = []
         for rule in list(self.rules):
@@ -121,7 +124,7 @@ class Judgement:
             key=lambda f: (-f.severity.rank, f.first_step, rank.get(str(f.condition), len(rank))),
         )
         return HealthReport(
-            findings=tuple(findings),
+            findings=tuple(_causes_first(findings)),
             layers=tuple(self.layers.values()),
             step=self.step,
             steps=self.steps,
@@ -164,6 +167,7 @@ class Judgement:
             "skipped_steps": self.skipped_steps,
             "loss_seen": self.loss_seen,
             "depth_seen": self.depth_seen,
+            "signals_seen": self.signals_seen,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,16 +185,59 @@ class Judgement:
         self.skipped_steps = state["skipped_steps"]
         self.loss_seen = state["loss_seen"]
         self.depth_seen = state["depth_seen"]
+        self.signals_seen = state["signals_seen"]
+
+
+# what may be the cause of what; a symptom never stands before its cause
+_CAUSES: dict[str, tuple[str, ...]] = {
+    "oversized_updates": ("collapsing_weights",),
+    "vanishing_activations": ("collapsing_weights",),
+    "vanishing_gradients": ("collapsing_weights", "dead_units", "saturated_units"),
+    "exploding_gradients": ("exploding_activations",),
+    "stalled_layers": ("dead_units", "saturated_units", "vanishing_activations", "vanishing_gradients"),
+    "non_finite": ("exploding_activations", "exploding_gradients", "growing_weights"),
+    "loss_spike": ("exploding_gradients",),
+    "stalled_loss": (
+        *("oversized_updates", "dead_units", "saturated_units", "vanishing_activations", "exploding_activations"),
+        *("vanishing_gradients", "exploding_gradients", "stalled_layers", "no_gradient", "collapsing_weights"),
+    ),
+}
+
+
+def _causes_first(findings: Sequence[Finding]) -> list[Finding]:
+    """The findings in order, but for causes above info that are moved in front of their first symptom."""
+    ordered: list[Finding] = []
+    for finding in findings:
+        for cause in findings:
+            is_cause = cause.condition in _CAUSES.get(str(finding.condition), ()) and _is_grave(cause)
+            if is_cause and cause not in ordered:
+                ordered.append(cause)
+        if finding not in ordered:
+            ordered.append(finding)
+    return ordered
+
+
+def _is_grave(finding: Finding) -> bool:
+    """Whether a finding can be the cause of others; of dead units only those of a layer that lets nothing through."""
+    least = Severity.CRITICAL if finding.condition == "dead_units" else Severity.WARNING
+    return finding.severity.rank >= least.rank
 
 
 def _latest(new: LayerStats, old: LayerStats | None) -> LayerStats:
     """The last that is known of a layer: what this record did not measure stays as it was."""
-    if old is None or new.weight_norm is not None:
+    if old is None:
         return new
     if new.optimizer is None:
         return old
-    probed = ("weight_norm", "grad_to_weight", "update_to_weight", "applied_norm")
-    return LayerStats(**{**vars(new), **{name: getattr(old, name) for name in probed}})
+    kept = {name: getattr(old, name) for name in _PROBED if getattr(new, name) in (None, "", (), 0)}
+    if new.weight_norm is not None:  # undefined, if it was probed now
+        kept = {name: value for name, value in kept.items() if name not in _WEIGHTS}
+    return new.changed(**kept) if kept else new
+
+
+_WEIGHTS = ("weight_norm", "grad_to_weight", "update_to_weight", "applied_norm")
+_SIGNALS = ("forward_rms", "forward_mean", "backward_rms", "forward_gain", "backward_gain", "forward_histogram")
+_PROBED = (*_WEIGHTS, *_SIGNALS, "activation", "units", "full_fraction", "dead_fraction", "saturated_fraction")
 
 
 def _with(finding: Finding, **changes: Any) -> Finding:

@@ -117,8 +117,8 @@ def test_depth(gain: float, depth: int, condition: Condition | None) -> None:
         assert f"l{depth - 1}" not in finding.layers
 
 
-def test_depth_takes_three_records_and_all_measures() -> None:
-    assert not judged(chain(geometric(0.4, 30), step) for step in range(2))
+def test_depth_takes_two_records_and_all_measures() -> None:
+    assert not judged([chain(geometric(0.4, 30), 0)])
     odd = [1e-9, *[1.0] * 19]
     assert not judged(chain(odd, step) for step in range(5))  # one odd layer at the end is no depth
     cliff = [1e-9] * 10 + [1.0] * 10
@@ -127,8 +127,13 @@ def test_depth_takes_three_records_and_all_measures() -> None:
     assert set(judged(chain(slope, step) for step in range(3))) == {Condition.VANISHING_GRADIENTS}
 
 
-def test_an_explosion_is_told_at_once() -> None:
-    assert set(judged([chain(geometric(2.0, 20))])) == {Condition.EXPLODING_GRADIENTS}
+def test_an_explosion_beyond_hope_is_told_at_once() -> None:
+    assert set(judged([chain(geometric(4.0, 20))])) == {Condition.EXPLODING_GRADIENTS}
+    some = geometric(2.0, 20)  # 3e4: a first batch may do that once
+    assert not judged([chain(some), chain([1.0] * 20, 1)])
+    assert set(judged([chain(some), chain(some, 1)])) == {Condition.EXPLODING_GRADIENTS}
+    broken = StepRecord(step=1, window=(StepStats(1, total_norm=math.nan, non_finite=True),))
+    assert Condition.EXPLODING_GRADIENTS in judged([chain(some), broken])
 
 
 @pytest.mark.parametrize("last", [0.0, 1e-9])
@@ -147,10 +152,11 @@ def test_convergence_shrinks_all_alike_and_is_healthy() -> None:
     assert not judged(records)
 
 
-def test_a_dead_half_is_vanishing_and_nothing_everywhere_is_not() -> None:
-    for dead in (6, 11):
-        rms = [0.0] * dead + [1.0] * (12 - dead)
-        assert set(judged(chain(rms, step) for step in range(3))) == {Condition.VANISHING_GRADIENTS}
+def test_a_fall_to_zero_is_vanishing_and_one_blocked_layer_is_not() -> None:
+    falling = [0.0] * 6 + [1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0]
+    assert set(judged(chain(falling, step) for step in range(3))) == {Condition.VANISHING_GRADIENTS}
+    for blocked in (6, 11):  # a dead layer in the middle, or a head that starts at zero
+        assert not judged(chain([0.0] * blocked + [1.0] * (12 - blocked), step) for step in range(3))
     assert not judged(chain([0.0] * 12, step) for step in range(3))
 
 
@@ -279,6 +285,21 @@ def test_oversized_updates() -> None:
     assert not judged(newborn)  # LoRA's B: a few updates are no measure of one
 
 
+def test_decay_is_no_oversized_update() -> None:
+    def run(factor: float) -> dict[str, Finding]:
+        return judged(
+            StepRecord(
+                step=10 * i,
+                probed=True,
+                layers=(LayerStats("w", weight_norm=factor**i, update_to_weight=0.2, grad_norm=1.0, optimizer=0),),
+            )
+            for i in range(5)
+        )
+
+    assert Condition.OVERSIZED_UPDATES in run(1.0)
+    assert Condition.OVERSIZED_UPDATES not in run(0.5)
+
+
 def test_stalled_layers() -> None:
     found = judged(probes([[1e-8, 1e-3]] * 3))[Condition.STALLED_LAYERS]
     assert (found.layers, found.severity, found.first_step) == (("l0",), Severity.WARNING, 0)
@@ -287,6 +308,9 @@ def test_stalled_layers() -> None:
     assert (still.layers, still.first_step) == (("l0", "l1"), 10)  # at step 0 the rate had only just appeared
     assert not judged(probes([[1e-3, 1e-3]] + [[1e-8, 1e-8]] * 5))  # it has moved: converged, or decayed
     assert not judged(probes([[1e-8, 1e-3], [1e-4, 1e-3]] * 5))  # not in a row
+    assert not judged(probes([[1e-9 * 2**i, 1e-3] for i in range(9)]))  # behind a branch that has started at zero
+    assert judged(probes([[1e-9, 1e-3]] * 25, every=1))
+    assert not judged(probes([[1e-9, 1e-3]] * 20, every=1))  # who will grow cannot be told yet
     noted = judged(probes([[1e-8, 1e-3]] * 3, rates=[1e-5, 0.1]))[Condition.STALLED_LAYERS]
     assert noted.severity is Severity.INFO  # somebody wants it slow
     zero = judged(probes([[0.0, 1e-3]] * 3, rates=[0.0, 0.1]))[Condition.STALLED_LAYERS]
@@ -308,6 +332,25 @@ def test_stalled_layers() -> None:
 )
 def test_weight_drift(norms: Sequence[float], condition: Condition | None) -> None:
     assert set(judged(weights(norms))) == ({condition} if condition else set())
+
+
+def test_growth_that_comes_with_learning_is_an_info() -> None:
+    def run(losses: Sequence[float]) -> dict[str, Finding]:
+        record = weights([1, 1, 1, 1, 2, 4, 8])
+        return judged(
+            StepRecord(
+                step=r.step,
+                probed=True,
+                layers=r.layers,
+                window=tuple(StepStats(r.step + i, total_norm=1.0, loss=loss) for i in range(20)),
+            )
+            for r, loss in zip(record, losses, strict=True)
+        )
+
+    assert run([2.0, 1.5, 1.0, 0.7, 0.5, 0.3, 0.2])[Condition.GROWING_WEIGHTS].severity is Severity.INFO
+    assert run([2.0, 2.1, 2.2, 2.5, 3.0, 5.0, 9.0])[Condition.GROWING_WEIGHTS].severity is Severity.WARNING
+    ascent = run([-1.0, -2.0, -4.0, -8.0, -16.0, -50.0, -900.0])  # the wrong way, on purpose
+    assert ascent[Condition.GROWING_WEIGHTS].severity is Severity.WARNING
 
 
 def test_windows_of_weights_are_at_least_twenty_steps() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict
 from lightning_gradhealth.rules.clipping import AdaptiveClipping
+from lightning_gradhealth.rules.depth import ActivationDepth, DepthRule
 from lightning_gradhealth.rules.gradients import (
-    DepthRule,
     ExplodingInTime,
     NoGradient,
     NonFinite,
     VanishingInTime,
 )
+from lightning_gradhealth.rules.signals import DeadUnits, ExplodingThroughTime, SaturatedUnits, VanishingThroughTime
 from lightning_gradhealth.rules.training import (
     CollapsingWeights,
     GrowingWeights,
@@ -29,12 +30,18 @@ def default_rules(thresholds: Thresholds) -> list[Rule]:
 
     Example:
         >>> len({rule.condition for rule in default_rules(Thresholds())})
-        11
+        15
     """
     return [
         OversizedUpdates(thresholds),
+        DeadUnits(thresholds),
+        SaturatedUnits(thresholds),
+        ActivationDepth(True, thresholds),
+        ActivationDepth(False, thresholds),
         DepthRule(True, thresholds),
         DepthRule(False, thresholds),
+        VanishingThroughTime(thresholds),
+        ExplodingThroughTime(thresholds),
         ExplodingInTime(thresholds),
         VanishingInTime(thresholds),
         NoGradient(thresholds),

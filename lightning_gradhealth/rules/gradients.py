@@ -1,132 +1,19 @@
-"""Rules for what gradients tell: over depth, over time, NaN and Inf, and gradients that never come."""
+"""Rules for what gradients tell over time, of NaN and Inf, and of gradients that never come."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
-from lightning_gradhealth.ratios import fitted_gain, median
-from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord, StepStats
+from lightning_gradhealth.ratios import median
+from lightning_gradhealth.records import Condition, Severity, StepRecord, StepStats
 from lightning_gradhealth.rules.base import (
     NOT_MEASURED,
     NotMeasured,
     Rule,
-    Thresholds,
     Verdict,
     keep_last,
 )
-
-_EXPLOSION_CURE = (
-    "if it came with training: a smaller learning rate or a warm-up of it, and Trainer(gradient_clip_val=1.0); if it"
-    ' was there from the start: gh.init_weights(model, scheme="he") for ReLU-like activations (scheme="xavier" for'
-    " tanh), or a normalisation layer between the layers"
-)
-_DEPTH_CURE = (
-    'gh.init_weights(model, scheme="he") for ReLU-like activations (scheme="xavier" for tanh); else a normalisation'
-    " layer between the layers, residual connections, or ReLU-like activations in place of sigmoid and tanh"
-)
-
-
-def by_optimizer(record: StepRecord) -> Iterator[list[LayerStats]]:
-    """The layers of each optimizer of the record, in order of first use; frozen ones left out."""
-    numbers = {layer.optimizer for layer in record.layers if layer.optimizer is not None}
-    for number in sorted(numbers):
-        yield [layer for layer in record.layers if layer.optimizer == number and not layer.frozen]
-
-
-class DepthRule(Rule):
-    """Vanishing or exploding gradients over depth, by the biases' gradients.
-
-    A bias gradient is the batch sum of dL/d(output), so its RMS stands in for the backward signal. The median
-    of the first quarter of the layers is held against that of the last, the fitted gain to the power of the
-    depth must agree, and the fall must not be the work of a single step from one layer to the next.
-
-    Args:
-        vanishing: True looks for vanishing, False for exploding gradients.
-        thresholds: See `Thresholds`.
-    """
-
-    def __init__(self, vanishing: bool, thresholds: Thresholds | None = None) -> None:
-        super().__init__(thresholds)
-        self.vanishing = vanishing
-        self.condition = Condition.VANISHING_GRADIENTS if vanishing else Condition.EXPLODING_GRADIENTS
-        self.patience = self.thresholds.depth_probes if vanishing else self.thresholds.explosion_probes
-
-    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
-        """Judge every optimizer's chain of layers; the worst one counts."""
-        chains = [
-            [(layer.name, layer.bias_grad_rms) for layer in layers if layer.bias_grad_rms is not None]
-            for layers in by_optimizer(record)
-        ]
-        measured = [
-            chain
-            for chain in chains
-            if len(chain) >= self.thresholds.depth_layers and all(math.isfinite(rms) for _, rms in chain)
-        ]
-        if not measured:
-            return NOT_MEASURED
-        verdicts = [verdict for chain in measured if (verdict := self._judge_chain(chain))]
-        return max(verdicts, key=lambda verdict: Severity(verdict.severity).rank, default=None)
-
-    def _judge_chain(self, chain: list[tuple[str, float]]) -> Verdict | None:
-        names, rms = [name for name, _ in chain], [value for _, value in chain]
-        quarter = max(1, len(chain) // 4)
-        first, last = median(rms[:quarter]), median(rms[-quarter:])
-        if last == 0.0 and self.vanishing:
-            last = max(rms[-quarter:])  # dead already inside the last quarter
-        if last == 0.0:
-            return None  # nothing anywhere, or a loss to which the last bias makes no difference
-        ratio, gain = first / last, fitted_gain(rms)
-        if first > 0.0:
-            if gain is None:
-                return None
-            whole = gain ** (len(chain) - 1)
-            hops = [math.log(b / a) for a, b in zip(rms, rms[1:], strict=False) if a > 0.0 and b > 0.0]
-        else:
-            whole, hops = ratio, [0.0]  # zeros have no logarithm
-        sign = 1 if self.vanishing else -1
-        # while active it takes ten times as good a signal to be clear again
-        limit = math.log(self.thresholds.depth_ratio * (10 if self.active else 1))
-        fall, fitted = (sign * (math.log(v) if v > 0.0 else -math.inf) for v in (ratio, whole))
-        if fall >= limit or fitted >= limit:
-            return None
-        # towers side by side, a weak auxiliary loss, one blocked layer: a single step is no matter of depth
-        if fall + max(sign * hop for hop in hops) >= 0.75 * limit:
-            return None
-        verb = "vanish" if self.vanishing else "explode"
-        bound = last * math.exp(sign * limit / 2)
-        share = (
-            f"the signal at {names[0]} is {ratio:.1e} of that at {names[-1]}"
-            if ratio
-            else f"nothing reaches {names[0]}"
-        )
-        reach = f", gain {gain:.2g} per layer" if gain is not None else ""
-        concerned = [name for name, value in chain if (value < bound if self.vanishing else value > bound)]
-        return Verdict(
-            severity=Severity.CRITICAL if fall < math.log(self.thresholds.depth_critical) else Severity.WARNING,
-            summary=f"gradients {verb} on the way to the first layers: over {len(chain)} layers {share}{reach}",
-            remedy=_DEPTH_CURE if self.vanishing else _EXPLOSION_CURE,
-            layers=tuple(concerned),
-            evidence={
-                "first_to_last": ratio,
-                "fitted_gain": gain,
-                "layers_measured": len(chain),
-                "depth_limit": depth_limit(gain, self.thresholds.depth_ratio),
-            },
-        )
-
-
-def depth_limit(gain: float | None, ratio: float) -> int | None:
-    """Number of layers after which a signal with this gain per layer has changed by the factor `ratio`.
-
-    Example:
-        >>> depth_limit(0.5, 1e-3)
-        10
-    """
-    if gain is None or gain in (0.0, 1.0, math.inf):
-        return None
-    return math.ceil(abs(math.log(ratio) / math.log(gain)))
 
 
 class ExplodingInTime(Rule):
@@ -141,7 +28,7 @@ class ExplodingInTime(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge every step of the window, in order."""
-        worst: tuple[float, StepStats] | None = None
+        leaps: list[tuple[float, StepStats]] = []
         for step in record.window:
             recent = self.memory.setdefault(f"recent{step.optimizer}", [])
             early = self.memory.setdefault(f"early{step.optimizer}", [])
@@ -151,14 +38,14 @@ class ExplodingInTime(Rule):
             if len(recent) >= self.thresholds.time_warmup:
                 usual = max(median(recent), median(early) / 100)
                 factor = norm / usual if usual > 0 else 0.0
-                if factor > self.thresholds.time_ratio and (worst is None or factor > worst[0]):
-                    worst = factor, step
+                if factor > self.thresholds.time_ratio:
+                    leaps.append((factor, step))
             keep_last(recent, norm, self.thresholds.time_window)
             if len(early) < self.thresholds.growth_window:
                 keep_last(early, norm, self.thresholds.growth_window)
-        if worst is None:
+        if not leaps:
             return None
-        factor, step = worst
+        factor, step = max(leaps, key=lambda leap: leap[0])
         return Verdict(
             severity=Severity.CRITICAL,
             summary=f"the gradient norm leapt to {step.total_norm:.2g}, {factor:.1e} times its usual size",
@@ -167,8 +54,15 @@ class ExplodingInTime(Rule):
                 " step if it happened once"
             ),
             evidence={"total_norm": step.total_norm, "factor": factor},
-            first_step=step.step,
+            first_step=leaps[0][1].step,
         )
+
+
+def _seen(module: str) -> str:
+    """What a probe has seen first that is not finite, in words."""
+    if not module or " " not in module:
+        return f"the first output that is not finite is that of {module}" if module else ""
+    return f"{module} is not finite already"
 
 
 def _norm_in_effect(step: StepStats) -> float | None:
@@ -247,7 +141,7 @@ class NonFinite(Rule):
         account["steps"] += len(bad)
         account["skipped"] += sum(step.skipped for step in bad)
         account["origin"] = account["origin"] or next((step.origin for step in bad if step.origin), "")
-        origin, skipped = account["origin"], account["skipped"]
+        origin, skipped = account["origin"] or account["seen"], account["skipped"]
         where = account["where"]
         if account["gradients"]:
             where += f"; {origin}" if origin else (", origin unknown" if not account["layers"] else "")
@@ -291,6 +185,7 @@ class NonFinite(Rule):
             where = " in every layer" if everywhere else f" in {len(hit)} of {len(watched)} layers"
         elif first.overflow:
             what = f"the loss scaler has skipped {self.thresholds.overflow_steps} steps in a row: gradients are"
+        seen = record.first_non_finite if first.step == record.step else ""  # one step later NaN is everywhere
         return {
             "what": what,
             "where": where,
@@ -302,6 +197,7 @@ class NonFinite(Rule):
             "steps": 0,
             "skipped": 0,
             "origin": "",
+            "seen": _seen(seen),
         }
 
 

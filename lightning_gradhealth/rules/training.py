@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Collection
 from typing import Any
 
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord
-from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict, keep_last
-from lightning_gradhealth.rules.gradients import by_optimizer
+from lightning_gradhealth.rules.base import (
+    NOT_MEASURED,
+    NotMeasured,
+    Rule,
+    Thresholds,
+    Verdict,
+    by_optimizer,
+    keep_last,
+)
 
 
 def _measured_updates(layers: list[LayerStats]) -> list[tuple[LayerStats, float]]:
@@ -17,6 +26,20 @@ def _measured_updates(layers: list[LayerStats]) -> list[tuple[LayerStats, float]
         for layer in layers
         if layer.update_to_weight is not None and math.isfinite(layer.update_to_weight)
     ]
+
+
+def zero_born(rule: Rule, record: StepRecord) -> set[str]:
+    """Layers that started at zero not long ago: their weights are a few updates, and so no measure of one.
+
+    Args:
+        rule: The rule in whose memory it is kept when a layer was at zero.
+        record: The record at hand.
+    """
+    born = rule.memory.setdefault("zero_at", {})
+    for layer in record.layers:
+        if layer.weight_norm == 0.0:
+            born[layer.name] = record.step
+    return {name for name, step in born.items() if record.step - step < rule.thresholds.growth_window}
 
 
 class OversizedUpdates(Rule):
@@ -29,7 +52,7 @@ class OversizedUpdates(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge the updates of every optimizer; two probes in a row for those that are merely large."""
-        young = self._zero_born(record)
+        young = zero_born(self, record)
         chains = [
             chain
             for layers in by_optimizer(record)
@@ -40,7 +63,9 @@ class OversizedUpdates(Rule):
         first_probe = not self.memory.get("probed", False)
         self.memory["probed"] = True
         at_once = [(chain, hit) for chain in chains if (hit := self._over(chain, self.thresholds.update_at_once))]
-        large = [(chain, hit) for chain in chains if (hit := self._over(chain, self.thresholds.update_repeated))]
+        shrinking = self._shrinking(record)  # what weight decay takes away makes no step too large
+        limit = self.thresholds.update_repeated
+        large = [(chain, hit) for chain in chains if (hit := self._over(chain, limit, but=shrinking))]
         since = self.memory.get("large_since")
         self.memory["large_since"] = None if first_probe or not large else (record.step if since is None else since)
         if not at_once and (not large or since is None):
@@ -57,18 +82,18 @@ class OversizedUpdates(Rule):
             first_step=None if at_once else since,
         )
 
-    def _zero_born(self, record: StepRecord) -> set[str]:
-        """Layers that started at zero not long ago: their weights are a few updates, and so no measure of one."""
-        born = self.memory.setdefault("zero_at", {})
-        for layer in record.layers:
-            if layer.weight_norm == 0.0:
-                born[layer.name] = record.step
-        return {name for name, step in born.items() if record.step - step < self.thresholds.growth_window}
+    def _shrinking(self, record: StepRecord) -> set[str]:
+        """Layers whose weights are smaller than at the probe before."""
+        known = self.memory.setdefault("norms", {})
+        norms = {layer.name: layer.weight_norm for layer in record.layers if layer.weight_norm is not None}
+        found = {name for name, norm in norms.items() if norm < 0.9 * known.get(name, 0.0)}
+        known.update(norms)
+        return found
 
-    def _over(self, chain: list[tuple[LayerStats, float]], limit: float) -> list[str]:
-        """Names of the layers beyond `limit`, if they are as many as it takes."""
-        hit = [layer.name for layer, value in chain if value > limit]
-        return hit if len(hit) >= self.thresholds.update_share * len(chain) else []
+    def _over(self, chain: list[tuple[LayerStats, float]], limit: float, but: Collection[str] = ()) -> list[str]:
+        """Names of the layers beyond `limit`, if they are as many as it takes of all."""
+        hit = [layer.name for layer, value in chain if value > limit and layer.name not in but]
+        return hit if hit and len(hit) >= self.thresholds.update_share * len(chain) else []
 
 
 class StalledLayers(Rule):
@@ -90,14 +115,20 @@ class StalledLayers(Rule):
         ]
         if not chains:
             return NOT_MEASURED
+        # who grows cannot be told in the first steps
+        first = self.memory.setdefault("first", record.step)
+        is_early = record.step - first < self.thresholds.growth_window
+        self.patience = sys.maxsize if is_early else self.thresholds.stalled_probes
         if standstill := self._standstill(chains):
             return standstill
+        young, growing = zero_born(self, record), self._growing(record)
         stalled: list[LayerStats] = []
         fastest = 0.0
         slowed = True
         for chain in chains:
-            top = max(value for _, value in chain)
-            slow = [layer for layer, value in chain if value < self.thresholds.stalled_update]
+            # weights that have just left zero change by much of their size: no yardstick for others
+            top = max((value for layer, value in chain if layer.name not in young), default=0.0)
+            slow = [la for la, value in chain if value < self.thresholds.stalled_update and la.name not in growing]
             if top > self.thresholds.moving_update and slow:
                 stalled += slow
                 fastest = max(fastest, top)
@@ -119,6 +150,20 @@ class StalledLayers(Rule):
             layers=tuple(layer.name for layer in stalled),
             evidence={"fastest_update_to_weight": fastest},
         )
+
+    def _growing(self, record: StepRecord) -> set[str]:
+        """Layers whose updates grow by half and more in some ten steps, as behind branches that start at zero."""
+        tracks = self.memory.setdefault("tracks", {})
+        span, found = self.thresholds.growth_window / 2, set()
+        for layer, value in _measured_updates(list(record.layers)):
+            track = tracks.setdefault(layer.name, [])
+            before = [past for step, past in track if record.step - step >= span]
+            if before and value > 1.5 * before[-1]:
+                found.add(layer.name)
+            if not track or record.step - track[-1][0] >= span:
+                track.append([record.step, value])
+                del track[:-3]
+        return found
 
     def _standstill(self, chains: list[list[tuple[LayerStats, float]]]) -> Verdict | None:
         """No layer has ever moved, although the learning rate does not rise any more."""
@@ -160,13 +205,17 @@ class _WeightDrift(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Advance the windows of every layer that was probed."""
+        for step in record.window:
+            early = self.memory.setdefault("losses", {"early": [], "late": []})
+            size = self.thresholds.growth_window
+            keep_last(early["early"] if len(early["early"]) < size else early["late"], step.loss, size)
         drifting: dict[str, float] = {}
         seen = False
         norms = [(la.weight_norm, la.numel or 1) for la in record.layers if la.weight_norm and not la.frozen]
         usual = median(norm / math.sqrt(numel) for norm, numel in norms)
         for layer in record.layers:
             norm = layer.weight_norm
-            if layer.frozen or norm is None or not math.isfinite(norm) or norm <= 0.0:
+            if layer.frozen or layer.vectors or norm is None or not math.isfinite(norm) or norm <= 0.0:
                 continue
             seen = True
             track = self.memory.setdefault(layer.name, {"borders": [], "greatest": norm})
@@ -185,12 +234,18 @@ class _WeightDrift(Rule):
             return None if seen else NOT_MEASURED
         factor = max(drifting.values(), key=lambda value: abs(math.log(value)))
         return Verdict(
-            severity=Severity.WARNING,
+            severity=Severity.INFO if self.sign > 0 and self._has_learned() else Severity.WARNING,
             summary=f"the weights {self.course}, by {100 * abs(factor - 1):.2g} % a step",
             remedy=self.remedy,
             layers=tuple(drifting),
             evidence={"factor_per_step": factor},
         )
+
+    def _has_learned(self) -> bool:
+        """The loss has halved, and not below zero, as it does where the wrong way is taken on purpose."""
+        losses = self.memory.get("losses", {"early": [], "late": []})
+        enough = len(losses["late"]) >= self.thresholds.growth_window
+        return enough and 0.0 <= median(losses["late"]) < 0.5 * median(losses["early"])
 
     def _drifts(self, borders: list[list[float]]) -> bool:
         """Whether every window has the factor and none is much slower than the one before it."""

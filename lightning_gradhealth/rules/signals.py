@@ -1,0 +1,185 @@
+"""Rules for units that do nothing: dead rectifiers, saturated sigmoids, attention that looks at one place only."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradhealth.flows import TemporalFlow
+from lightning_gradhealth.ratios import median
+from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, keep_last
+from lightning_gradhealth.rules.remedies import for_dead, for_saturated, for_time
+
+
+class _Units(Rule):
+    """Layers of which so large a share of the units is bad."""
+
+    per_layer = True
+    fraction: str
+    what: str
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Judge the layers whose units were measured."""
+        self._watch(record)
+        known = [(layer, getattr(layer, self.fraction)) for layer in record.layers]
+        measured = [(layer, share) for layer, share in known if share is not None]
+        if not measured:
+            return NOT_MEASURED
+        bad = {layer.name: share for layer, share in measured if self._is_bad(layer, share)}
+        before = self.memory.setdefault("bad", {})
+        for layer, _ in measured:  # layers take turns: each has its samples together at steps of its own
+            before.pop(layer.name, None)
+        before.update(bad)
+        if not before:
+            return None
+        worst, share = max(before.items(), key=lambda item: item[1])
+        layer = next((layer for layer in record.layers if layer.name == worst), record.layers[0])
+        return Verdict(
+            severity=self._severity(layer, share),
+            summary=(
+                f"{100 * share:.0f} % of {self._those(layer)}"
+                + (f" (and of others, in {len(before)} layers)" if len(before) > 1 else "")
+            ),
+            remedy=self._remedy(layer),
+            layers=tuple(layer.name for layer in record.layers if layer.name in before),
+            evidence={"worst": share, "layers": dict(before), "activation": layer.activation},
+        )
+
+    def _watch(self, record: StepRecord) -> None:
+        """Take in what the severity depends on."""
+
+    def _is_bad(self, layer: LayerStats, share: float) -> bool:
+        return share >= float(getattr(self.thresholds, self.condition))
+
+    def _those(self, layer: LayerStats) -> str:
+        return f"the units of {layer.name} {self.what}"
+
+    def _severity(self, layer: LayerStats, share: float) -> Severity:
+        return Severity.WARNING
+
+    def _remedy(self, layer: LayerStats) -> str:
+        raise NotImplementedError
+
+
+class DeadUnits(_Units):
+    """Rectifiers of which more than half of the units were active in none of at least 256 samples.
+
+    Deep in a plain ReLU network all samples point the same way, so that every unit is either active for all of them or
+    for none, by the toss of a coin. So the dead ones have to outnumber those that are always active, by more than three
+    standard deviations of as many tosses.
+    A layer whose units are all dead lets no gradient through at all.
+    """
+
+    condition = Condition.DEAD_UNITS
+    fraction = "dead_fraction"
+    what = "were never active"
+
+    def _is_bad(self, layer: LayerStats, share: float) -> bool:
+        if share == 1.0 or not layer.units or layer.full_fraction is None:
+            return super()._is_bad(layer, share)
+        constant = (share + layer.full_fraction) * layer.units
+        beyond_chance = (share - layer.full_fraction) * layer.units > 3 * math.sqrt(constant)
+        return super()._is_bad(layer, share) and beyond_chance
+
+    def _severity(self, layer: LayerStats, share: float) -> Severity:
+        return Severity.CRITICAL if share == 1.0 else Severity.WARNING
+
+    def _remedy(self, layer: LayerStats) -> str:
+        return for_dead(layer.forward_mean, layer.forward_rms)
+
+
+class SaturatedUnits(_Units):
+    """Units of saturating activations that are flat on average, and heads of attention that are one-hot.
+
+    Where that comes about while the network learns, as sharp decisions do, it is worth an info.
+    """
+
+    condition = Condition.SATURATED_UNITS
+    fraction = "saturated_fraction"
+    what = "are stuck where the derivative is tiny"
+
+    def _those(self, layer: LayerStats) -> str:
+        if layer.activation == "attention":
+            return f"the heads of the attention that leads to {layer.name} look at one place only"
+        return super()._those(layer)
+
+    def _watch(self, record: StepRecord) -> None:
+        size = self.thresholds.growth_window
+        for step in record.window:
+            early = self.memory.setdefault("early", [])
+            keep_last(early if len(early) < size else self.memory.setdefault("late", []), step.loss, size)
+
+    def _severity(self, layer: LayerStats, share: float) -> Severity:
+        early, late = self.memory.get("early", []), self.memory.get("late", [])
+        has_learned = len(late) >= self.thresholds.growth_window and median(late) < 0.5 * median(early)
+        return Severity.INFO if has_learned else Severity.WARNING
+
+    def _remedy(self, layer: LayerStats) -> str:
+        return for_saturated(layer.activation)
+
+
+class _Temporal(Rule):
+    """Gradients that vanish or explode on their way back through time, where that is measured (`temporal=True`).
+
+    A memory that fades is what most recurrent networks have, and need: it is a warning only where the loss does not
+    come down, else an info.
+    """
+
+    per_layer = True
+    vanishing: bool
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Judge every recurrent layer."""
+        size = self.thresholds.growth_window
+        for step in record.window:
+            early = self.memory.setdefault("early", [])
+            keep_last(early if len(early) < size else self.memory.setdefault("late", []), step.loss, size)
+            self.memory["losses"] = self.memory.get("losses", 0) + (step.loss is not None)
+        if not record.temporal:
+            return NOT_MEASURED
+        hit = {name: flow for name, flow in record.temporal.items() if self._is_hit(flow)}
+        if not hit:
+            return None
+        name, flow = max(hit.items(), key=lambda item: abs(math.log(item[1].gain_per_step or 1e-30)))
+        steps = len(flow.grad_norms)
+        change = flow.grad_norms[0] / flow.grad_norms[-1]
+        memory = f"; it remembers {flow.memory} steps" if self.vanishing and flow.memory is not None else ""
+        return Verdict(
+            severity=Severity.INFO if self.vanishing and not self._is_stalled() else Severity.WARNING,
+            summary=(
+                f"gradients {'vanish' if self.vanishing else 'explode'} on their way back through time in {name}: over"
+                f" {steps} steps to {change:.1e} of what they were, gain {flow.gain_per_step:.2g} per step{memory}"
+            ),
+            remedy=for_time(self.vanishing),
+            layers=tuple(hit),
+            evidence={"gain_per_step": flow.gain_per_step, "memory": flow.memory, "steps": steps},
+        )
+
+    def _is_hit(self, flow: TemporalFlow) -> bool:
+        limit = self.thresholds.depth_ratio
+        first, last = flow.grad_norms[0], flow.grad_norms[-1]
+        if flow.gain_per_step is None or not (math.isfinite(first) and last > 0.0):
+            return False
+        whole = flow.gain_per_step ** (len(flow.grad_norms) - 1)
+        if self.vanishing:
+            return max(first / last, whole) < limit
+        return min(first / last, whole) > 1 / limit
+
+    def _is_stalled(self) -> bool:
+        early, late = self.memory.get("early", []), self.memory.get("late", [])
+        enough = self.memory.get("losses", 0) >= self.thresholds.stalled_steps
+        return enough and bool(late) and median(late) > (1 - self.thresholds.stalled_fall) * median(early)
+
+
+class VanishingThroughTime(_Temporal):
+    """Gradients that vanish through time."""
+
+    condition = Condition.VANISHING_GRADIENTS
+    vanishing = True
+
+
+class ExplodingThroughTime(_Temporal):
+    """Gradients that explode through time."""
+
+    condition = Condition.EXPLODING_GRADIENTS
+    vanishing = False
