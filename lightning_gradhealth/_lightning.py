@@ -59,6 +59,12 @@ def outermost(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module:
     return module if wrapped is None or not any(map(is_flat, module.parameters())) else wrapped
 
 
+def called_through(trainer: pl.Trainer, module: pl.LightningModule) -> frozenset[nn.Module]:
+    """What the strategy calls in order to get to `training_step`; nothing where it calls that directly."""
+    wrapped = trainer.strategy.model
+    return frozenset() if wrapped is None or wrapped is module else frozenset((wrapped, module))
+
+
 def rerun(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Callable[[], Any] | None:
     """A function that runs `training_step` on a batch again; None where that would do more than a forward pass."""
     if not module.automatic_optimization or "dataloader_iter" in signature(module.training_step).parameters:
@@ -73,6 +79,23 @@ def rerun(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx
             return module.training_step(*arguments)
 
     return run
+
+
+def no_preflight(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+    """Why a batch cannot be run before the first step; empty where it can. Ranks answer alike."""
+    if not module.automatic_optimization:
+        return "manual optimization: training_step would step the optimizers"
+    if "dataloader_iter" in signature(module.training_step).parameters:
+        return "training_step takes dataloader_iter: a batch cannot be run twice"
+    if any(map(is_sharded, module.parameters())):
+        return "the parameters are sharded over ranks"
+    return ""
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """The factor that the loss is going to be multiplied by; 1 where there is no scaler."""
+    scaler = grad_scaler(trainer)
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
 
 def other_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:

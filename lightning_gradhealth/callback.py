@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -12,20 +13,15 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lightning_gradhealth import _lightning
+from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_flag, check_stop_on
 from lightning_gradhealth.errors import GradHealthError
 from lightning_gradhealth.gradients import Clip
 from lightning_gradhealth.layers import LayersSpec
-from lightning_gradhealth.records import HealthReport, StepRecord
+from lightning_gradhealth.preflight import copied, examine, of_step
+from lightning_gradhealth.records import FlowReport, HealthReport, StepRecord
 from lightning_gradhealth.response import OnNonFinite
 from lightning_gradhealth.rules import Rule, Thresholds
-from lightning_gradhealth.session import (
-    DEFAULT_CADENCE,
-    HealthSession,
-    Ignore,
-    StopOn,
-    check_arguments,
-    check_stop_on,
-)
+from lightning_gradhealth.session import DEFAULT_CADENCE, HealthSession
 from lightning_gradhealth.sinks import LoggerSink, LogLayers
 
 log = logging.getLogger("lightning_gradhealth")
@@ -46,6 +42,8 @@ def _never_fatal(hook: Hook[P]) -> Hook[P]:
     @functools.wraps(hook)
     def guarded(self: GradHealth, *args: P.args, **kwargs: P.kwargs) -> None:
         if self._aside:
+            if hook.__name__ == "on_before_optimizer_step":
+                self._accompany(*cast("tuple[pl.Trainer, pl.LightningModule, Optimizer]", args))
             return
         try:
             hook(self, *args, **kwargs)
@@ -82,6 +80,14 @@ class GradHealth(Callback):
         stop_on: Condition or conditions that end the fit when found with severity warning or above.
         probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
             two; None: the Trainer's `log_every_n_steps`.
+        probe_compiled: Run compiled modules eagerly at probed steps (`torch.compiler.set_stance("force_eager")`), so
+            that signals inside them are measured, too: that changes rounding there, and the dropout masks drawn. False:
+            they are left alone, and the report says so.
+        temporal: Measure at probed steps, too, how gradients fare on their way back through time in nn.RNN, LSTM and
+            GRU modules (`temporal_flow`, of a few sequences and their last 64 steps).
+        preflight: Run the first batch forward and backward before the first step (see `diagnose`), tell what is wrong,
+            and keep the report as `preflight_report`. It leaves no trace in the training. Not done where a run goes on,
+            in manual optimization, and where parameters are sharded.
         layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
             "parameter", a depth, or one or more regexes on parameter names (the first group names the layer).
         log_layers: How many layers' own scalars the loggers get: "auto" (the worst ten), True, False, a number.
@@ -108,6 +114,9 @@ class GradHealth(Callback):
         on_non_finite: OnNonFinite = "warn",
         stop_on: StopOn = (),
         probe_every_n_steps: int | None = None,
+        probe_compiled: bool = False,
+        temporal: bool = False,
+        preflight: bool = False,
         layers: LayersSpec = "module",
         log_layers: LogLayers = "auto",
         rules: Sequence[Rule] = (),
@@ -121,6 +130,9 @@ class GradHealth(Callback):
         check_stop_on(stop_on, rules)
         self.ignore = check_arguments(clip, on_non_finite, probe_every_n_steps, layers, rules, ignore, thresholds)
         self.probe_every_n_steps = probe_every_n_steps
+        self.temporal = check_flag("temporal", temporal)
+        self.probe_compiled = check_flag("probe_compiled", probe_compiled)
+        self.preflight = check_flag("preflight", preflight)
         self.layers = layers
         self.log_layers = log_layers
         self.rules = list(rules)
@@ -138,6 +150,7 @@ class GradHealth(Callback):
             notes=("nothing was observed in this process: no fit yet, or one in processes of its own (ddp_spawn)",)
         )
         self._aside = ""
+        self.preflight_report: FlowReport | None = None
 
     # --- lifecycle ---
 
@@ -154,6 +167,7 @@ class GradHealth(Callback):
     ) -> None:
         """At the first batch, start watching the model, which has its final form now."""
         if self._session is not None:
+            self._session.open_probe()
             self._remember(trainer, pl_module, batch, batch_idx)
             return
         if _lightning.hides_gradients(trainer):
@@ -168,6 +182,9 @@ class GradHealth(Callback):
         if not self._load():  # it may be half loaded: start afresh, but do watch, and do what was asked for
             self._session.close()
             self._session = self._watch(trainer, pl_module)
+        if self.preflight:
+            self._diagnose(trainer, pl_module, batch, batch_idx)
+        self._session.open_probe()
         self._remember(trainer, pl_module, batch, batch_idx)
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> HealthSession:
@@ -182,12 +199,47 @@ class GradHealth(Callback):
             ignore=self.ignore,
             thresholds=self.thresholds,
             announce=_lightning.announcer(trainer, log.warning),
-            remember_calls=False,  # whole batches are remembered here
+            probe_compiled=self.probe_compiled,
+            temporal=self.temporal,
+            watch_calls=False,  # whole batches are watched and remembered here
         )
         for optimizer in trainer.optimizers:
             session.monitor.index_of(optimizer)
+        session.signals.across_ranks = trainer.world_size > 1
+        session.signals.wrapped = _lightning.called_through(trainer, pl_module)
         session.notes += _lightning.other_clipping(trainer, pl_module)
         return session
+
+    def _diagnose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Run the first batch of a fresh run, and tell what is wrong; the training goes on whatever comes of it."""
+        if self._state or _lightning.logged_step(trainer) > 0:
+            return  # a run that goes on has shown already what there is
+        tell = _lightning.announcer(trainer, log.warning)
+        why = _lightning.no_preflight(trainer, pl_module)
+        if why:
+            tell(f"gradhealth: no preflight ({why})")
+            return
+
+        def run() -> Any:
+            step = _lightning.rerun(trainer, pl_module, copied(batch), batch_idx)
+            return of_step(step() if step is not None else None, type(pl_module).__name__)
+
+        try:
+            self.preflight_report = examine(
+                pl_module,
+                run,
+                layers=self.layers,
+                ignore=self.ignore,
+                thresholds=self.thresholds,
+                scale=_lightning.loss_scale(trainer),
+            )
+        except Exception as error:
+            tell(f"gradhealth: no preflight ({type(error).__name__}: {error})")
+            return
+        report = self.preflight_report
+        said = {finding.remedy for finding in report.findings}
+        for line in (*report.findings, *(remedy for remedy in report.remedies if remedy not in said)):
+            tell(f"gradhealth: preflight: {line}")
 
     def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what it takes to run this batch again, if a NaN is to be traced to its origin."""
@@ -213,6 +265,7 @@ class GradHealth(Callback):
         """Take the loss; at the logging cadence read the device, judge and log."""
         if self._session is None:
             return
+        self._session.pause_probe()
         loss = _lightning.loss_of(trainer, outputs, self.loss_key)
         if loss is not None:
             self._session.add_loss(loss)
@@ -274,6 +327,12 @@ class GradHealth(Callback):
         )
         if self._session is not None:
             self._session.close()
+
+    def _accompany(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Having stepped aside, take part in what the other ranks would wait for."""
+        if self._session is not None and trainer.world_size > 1:
+            with contextlib.suppress(Exception):  # it has been told already
+                self._session.accompany(optimizer)
 
     def _release(self) -> None:
         """Keep what is asked for after a fit, and nothing else."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,115 +12,22 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradhealth.gradients import Clip, Decision, GradientMonitor, check_clip, read_once
+from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_flag, check_stop_on
+from lightning_gradhealth.gradients import Clip, Decision, GradientMonitor
 from lightning_gradhealth.gradients.monitor import CAPACITY
 from lightning_gradhealth.judgement import Judgement
-from lightning_gradhealth.layers import LayersSpec, UseRecorder, check_layers
+from lightning_gradhealth.layers import LayersSpec, UseRecorder
+from lightning_gradhealth.norms import read_once
 from lightning_gradhealth.records import Condition, Finding, HealthReport, Severity, StepRecord
-from lightning_gradhealth.response import OnNonFinite, Response, check_on_non_finite
+from lightning_gradhealth.response import OnNonFinite, Response
 from lightning_gradhealth.rules import Rule, Thresholds, default_rules
+from lightning_gradhealth.signals import Reading, SignalProbe, with_signals
 
 log = logging.getLogger("lightning_gradhealth")
 
 DEFAULT_CADENCE = 50
 ALWAYS_PROBED = 2
-
-Ignore = Mapping[str, str] | Iterable[str] | str | None
-StopOn = Sequence[str] | str
-
-
-def check_arguments(
-    clip: Clip,
-    on_non_finite: OnNonFinite,
-    probe_every_n_steps: int | None,
-    layers: LayersSpec,
-    rules: Sequence[Rule],
-    ignore: Ignore,
-    thresholds: Thresholds,
-) -> dict[str, str]:
-    """Check what GradHealth and HealthSession have in common, and return `ignore` as condition -> regex.
-
-    Raises:
-        ValueError: A value is out of range, with its name and the remedy.
-        TypeError: A value is of the wrong type.
-
-    Example:
-        >>> check_arguments(None, "warn", None, "module", (), "loss_spike", Thresholds())
-        {'loss_spike': '.*'}
-    """
-    check_clip(clip)
-    check_on_non_finite(on_non_finite)
-    if probe_every_n_steps is not None:
-        if isinstance(probe_every_n_steps, bool) or not isinstance(probe_every_n_steps, int):
-            raise TypeError(
-                f"probe_every_n_steps must be an int or None, got {probe_every_n_steps!r};"
-                " leave it out to follow the Trainer"
-            )
-        if probe_every_n_steps < 1:
-            raise ValueError(
-                f"probe_every_n_steps must be >= 1, got {probe_every_n_steps}; leave it out to follow the Trainer"
-            )
-    check_layers(layers)
-    if not isinstance(thresholds, Thresholds):
-        raise TypeError(f"thresholds must be a Thresholds, got {thresholds!r}; e.g. Thresholds(time_ratio=100.0)")
-    if not isinstance(rules, Sequence):
-        raise TypeError(f"rules must be a sequence of Rule instances, got {rules!r}; e.g. rules=[MyRule()]")
-    for rule in rules:
-        if not isinstance(rule, Rule) or not rule.condition:
-            raise TypeError(
-                f"rules must be instances of subclasses of Rule with a condition, got {rule!r}; e.g. rules=[MyRule()]"
-            )
-    return _check_ignore(ignore, rules)
-
-
-def _check_ignore(ignore: Ignore, rules: Sequence[Rule]) -> dict[str, str]:
-    if ignore is None:
-        ignore = {}
-    elif isinstance(ignore, str):
-        ignore = {ignore: ".*"}
-    elif not isinstance(ignore, Iterable):
-        raise TypeError(
-            f"ignore must be a condition, several, or condition -> regex, got {ignore!r};"
-            ' e.g. ignore={"stalled_layers": "head.*"}'
-        )
-    elif not isinstance(ignore, Mapping):
-        ignore = dict.fromkeys(ignore, ".*")
-    for condition, pattern in ignore.items():
-        _check_condition("ignore", condition, rules)
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"ignore: {pattern!r} is not a valid regular expression ({error}); it is matched against layer names"
-            ) from error
-    return {str(condition): pattern for condition, pattern in ignore.items()}
-
-
-def _check_condition(argument: str, condition: Any, rules: Sequence[Rule]) -> None:
-    known = {condition.value for condition in Condition} | {str(rule.condition) for rule in rules}
-    if not isinstance(condition, str) or str(condition) not in known:
-        raise ValueError(
-            f"{argument}: {str(condition)!r} is no condition; the conditions are {', '.join(sorted(known))}"
-        )
-
-
-def check_stop_on(stop_on: StopOn, rules: Sequence[Rule]) -> frozenset[str]:
-    """Return the conditions that end a fit.
-
-    Raises:
-        TypeError: `stop_on` is neither a condition nor a sequence of them.
-        ValueError: One of them is no condition.
-
-    Example:
-        >>> sorted(check_stop_on("exploding_gradients", ()))
-        ['exploding_gradients']
-    """
-    if not isinstance(stop_on, (str, Iterable)):
-        raise TypeError(f'stop_on must be a condition or several, got {stop_on!r}; e.g. stop_on="exploding_gradients"')
-    conditions = [stop_on] if isinstance(stop_on, str) else list(stop_on)
-    for condition in conditions:
-        _check_condition("stop_on", condition, rules)
-    return frozenset(map(str, conditions))
+EARLY = 64  # the first steps whose signals are measured until the units of all activations have been judged once
 
 
 class HealthSession:
@@ -147,9 +53,12 @@ class HealthSession:
         stop_on: Conditions that set `should_stop` when they are found with severity warning or above.
         announce: Called once with one line for every new or graver finding; None: the logger
             "lightning_gradhealth" warns, on rank zero.
-        remember_calls: Whether to keep the arguments of the model's calls until the optimizer steps, so that they
-            can be run again when a NaN is traced to its origin; False for loops that call `response.remember`
-            themselves. Without effect while `on_non_finite` is "warn".
+        probe_compiled: Run compiled modules eagerly at probed steps, so that their signals can be measured, too. It
+            changes rounding and dropout masks there. False: they are not looked into.
+        temporal: Measure the gradient through time of recurrent modules (nn.RNN, LSTM, GRU) at probed steps, too.
+        watch_calls: Whether calls of the model open the signal probe, and have their arguments kept until the optimizer
+            steps if `on_non_finite` may have to run them again; False for loops that call `open_probe` and
+            `response.remember` themselves.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -178,15 +87,25 @@ class HealthSession:
         thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
         stop_on: StopOn = (),
         announce: Callable[[str], None] | None = None,
-        remember_calls: bool = True,
+        probe_compiled: bool = False,
+        temporal: bool = False,
+        watch_calls: bool = True,
     ) -> None:
         muted = check_arguments(clip, on_non_finite, probe_every_n_steps, layers, rules, ignore, thresholds)
         self.stop_on = check_stop_on(stop_on, rules)
         self.probe_every_n_steps = probe_every_n_steps or DEFAULT_CADENCE
         self.monitor = GradientMonitor(model, clip, layers)
         self.response = Response(model, on_non_finite, thresholds.skipped_in_a_row)
-        if remember_calls:
+        if watch_calls:
             self.response.remember_calls()
+        self.signals = SignalProbe(
+            model,
+            compiled=check_flag("probe_compiled", probe_compiled),
+            temporal=check_flag("temporal", temporal),
+        )
+        self._watch_calls = watch_calls
+        self._readings: list[Reading] = []
+        self._set_due()
         self.judgement = Judgement([*default_rules(thresholds), *copy.deepcopy(list(rules))], muted)
         self._announce = announce or _warn_on_rank_zero
         self._recorder: UseRecorder | None = UseRecorder(model)
@@ -222,13 +141,56 @@ class HealthSession:
         self._settle_order()
         if len(self.monitor.rows) >= CAPACITY:
             self.flush()
-        count = self.monitor.steps_of(optimizer)
-        probed = count < ALWAYS_PROBED or (count + 1) % self.probe_every_n_steps == 0
+        probed = self._is_probed(self.monitor.steps_of(optimizer))
         decision = self.monitor.observe(optimizer, step=step, grad_scaler=grad_scaler, exact=probed, probe=probed)
         self.response.judge(decision)
+        self._close_probe(decision.row.step, decision.row.optimizer, grad_scaler)
         if loss is not None:
             self.add_loss(loss)
         return decision
+
+    def _is_probed(self, count: int) -> bool:
+        """Whether the step of an optimizer after `count` others is probed."""
+        return count < ALWAYS_PROBED or (count + 1) % self.probe_every_n_steps == 0
+
+    def _set_due(self) -> None:
+        """Find out whether the step that comes may be one to probe; calls of the model will open the probe then."""
+        early = self.monitor.expects(lambda count: count < EARLY) and self.signals.wants_samples
+        self._due = early or self.monitor.expects(self._is_probed)
+        if self._watch_calls:
+            self.signals.await_calls(self._due)
+
+    def open_probe(self) -> None:
+        """Measure signals in the forward passes that follow, if the step to come may be one to probe."""
+        if self._due:
+            self.signals.open()
+
+    def pause_probe(self) -> None:
+        """Take the hooks off the modules until `open_probe` is called again."""
+        self.signals.pause()
+
+    def _close_probe(self, step: int, optimizer: int, grad_scaler: GradScaler | None) -> None:
+        """Take what the forward and backward passes of a step have shown, and look ahead to the next."""
+        if self._due:
+            scaled = grad_scaler is not None and grad_scaler.is_enabled()
+            scale = grad_scaler._scale if grad_scaler is not None and scaled else None
+            flows = self.signals.temporal_flows()
+            reading = self.signals.close(step=step, optimizer=optimizer, scale=scale, flows=flows)
+            self._readings += [] if reading is None else [reading]
+        self._set_due()
+        if self._watch_calls or not self._due:
+            self.signals.pause()
+
+    def accompany(self, optimizer: Optimizer) -> None:
+        """Take part in what the ranks do together at a step, and keep nothing of it: for one that has stepped aside.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+        """
+        if self.monitor.sharded or self.signals.across_ranks:
+            self.observe(optimizer)
+            self.monitor.rows.clear()
+            self._readings.clear()
 
     def _settle_order(self) -> None:
         """Take the order of first use, once the first batch has been through the forward pass."""
@@ -261,7 +223,9 @@ class HealthSession:
         Raises:
             NonFiniteGradientError: `on_non_finite` is "raise", or too many steps were skipped in a row.
         """
-        if not self.response.carry_out(decision, sharded=self.monitor.sharded):
+        with self.signals.held():  # forward passes may run again
+            skipped = self.response.carry_out(decision, sharded=self.monitor.sharded)
+        if not skipped:
             self.monitor.apply(decision)
         elif decision.row.origin and any(condition == Condition.NON_FINITE for condition, _ in self._told):
             self._announce(f"gradhealth: step {decision.row.step}: {decision.row.origin}")
@@ -283,14 +247,34 @@ class HealthSession:
             The record of the last step; the previous one where nothing was observed since.
         """
         rows = list(self.monitor.rows)
-        records = self.monitor.records(read_once(self.monitor.pending()))
+        records = self._records()
         self.monitor.rows.clear()
+        self._readings.clear()
         for record in records:
             self._tell(self.judgement.add(record))
         self._last = records[-1] if records else self._last
         self._latest = self.judgement
         self.response.review(zip(rows, (step for record in records for step in record.window), strict=True))
         return self._last
+
+    def _records(self) -> list[StepRecord]:
+        """What waits on the device, read in one transfer: gradients and signals of each window."""
+        pending = self.monitor.pending()
+        vectors = [reading.vectors() for reading in self._readings]
+        values = read_once([*pending, *(vector for group in vectors for vector in group)])
+        records = self.monitor.records(values[: len(pending)])
+        rest = iter(values[len(pending) :])
+        signals = [
+            reading.read(*(next(rest) for _ in group)) for reading, group in zip(self._readings, vectors, strict=True)
+        ]
+        return [
+            with_signals(
+                record,
+                [one for one in signals if one.step in {step.step for step in record.window}],
+                self.monitor.layout.layer_of,
+            )
+            for record in records
+        ]
 
     def conclude(self) -> StepRecord:
         """Judge a window that is not over yet, on a copy, so that a resumed run equals an unbroken one.
@@ -304,7 +288,7 @@ class HealthSession:
 
     def _peek(self) -> tuple[Judgement, list[StepRecord]]:
         """The judgement, or a copy of it that has seen the pending window too, and that window's records."""
-        records = self.monitor.records(read_once(self.monitor.pending()))
+        records = self._records()
         judgement = copy.deepcopy(self.judgement) if records else self.judgement
         for record in records:
             judgement.add(record)
@@ -343,10 +327,23 @@ class HealthSession:
         elif judgement.steps and not self.monitor.layout.used:
             notes.append("layers stand in registration order: no forward pass was seen")
         if judgement.steps and not judgement.depth_seen:
-            notes.append("depth: not measured (it needs two layers with biases)")
+            notes.append("depth: not measured (no signals on a main chain, nor two layers with biases)")
+        notes += self._notes_on_signals(judgement)
+        if judgement.steps and self.signals.lacks_samples:
+            notes.append("units: not judged in every layer (fewer than 256 samples were seen there)")
         if judgement.steps and not judgement.loss_seen:
             notes.append("loss: unavailable")
         return notes
+
+    def _notes_on_signals(self, judgement: Judgement) -> list[str]:
+        if self.signals.failure:
+            return [f"signals: not measured any more ({self.signals.failure})"]
+        if self.signals.hidden:
+            hidden = ", ".join(self.signals.hidden[:3]) + (", …" if len(self.signals.hidden) > 3 else "")
+            return [f"signals: not measured inside compiled or scripted modules ({hidden}); see probe_compiled"]
+        if judgement.steps and not judgement.signals_seen:
+            return ["signals: not measured (no call of the model in training was seen)"]
+        return []
 
     def close(self) -> None:
         """Remove every hook; calling it twice does no harm, and the report stays."""
@@ -354,6 +351,8 @@ class HealthSession:
             self._recorder.close()
         self.monitor.close()
         self.response.close()
+        self.signals.await_calls(False)
+        self.signals.pause()
 
     # --- state ---
 
@@ -363,6 +362,8 @@ class HealthSession:
             "monitor": self.monitor.state_dict(),
             "judgement": self.judgement.state_dict(),
             "response": self.response.state_dict(),
+            "signals": self.signals.state_dict(),
+            "readings": [reading.state_dict() for reading in self._readings],
             "losses": self._losses,
         }
 
@@ -371,6 +372,9 @@ class HealthSession:
         self.monitor.load_state_dict(state["monitor"])
         self.judgement.load_state_dict(state["judgement"])
         self.response.load_state_dict(state["response"])
+        self.signals.load_state_dict(state["signals"])
+        self._readings = [Reading.from_state(reading) for reading in state["readings"]]
+        self._set_due()
         self._resumed_at = self.judgement.step
         self._losses = state["losses"]
         self._told = {(f.condition, f.severity) for f in self.judgement.findings.values()}

@@ -60,6 +60,9 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
         "norm_ratio_min": min(ratios, default=None),
         "norm_ratio_max": max(ratios, default=None),
         "gain_per_layer": record.backward_gain,
+        "forward_gain_per_layer": record.forward_gain,
+        "dead_fraction_max": _largest(layer.dead_fraction for layer in record.layers),
+        "saturated_fraction_max": _largest(layer.saturated_fraction for layer in record.layers),
         "update_to_weight": record.update_to_weight_median,
         "non_finite_steps": float(record.non_finite_steps),
         "skipped_steps": float(record.skipped_steps) or None,
@@ -71,6 +74,10 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
         # not under total_norm/: where a metric is a file, as in MLflow's file store, it cannot be a folder too
         values |= {f"optimizer{number}/total_norm": norm for number, norm in last.items()}
     return _finite({f"{PREFIX}/{name}": value for name, value in values.items()})
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _clipping(record: StepRecord) -> dict[str, float | None]:
@@ -146,7 +153,7 @@ def layout(layers: bool = True, clipping: bool = True) -> dict[str, dict[str, li
     charts = {
         "Grad Health": {
             "Active findings": chart("findings"),
-            "Gain per layer, backwards (1: ideal)": chart("gain_per_layer"),
+            "Gain per layer, backwards and forwards (1: ideal)": chart("gain_per_layer", "forward_gain_per_layer"),
             "Largest gradient norm (log scale)": chart("total_norm_max"),
             "Update / weight (log scale, 1e-3: usual)": chart("update_to_weight"),
             "Norm ratio, min and max layer (log scale)": chart("norm_ratio_min", "norm_ratio_max"),

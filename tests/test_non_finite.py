@@ -558,7 +558,7 @@ def test_calls_that_nobody_steps_on_are_not_hoarded() -> None:
         net(torch.zeros(1, 8))
     assert len(session.response._forwards) == 256
     assert not HealthSession(net).response._hooks
-    assert not HealthSession(net, on_non_finite="skip", remember_calls=False).response._hooks
+    assert not HealthSession(net, on_non_finite="skip", watch_calls=False).response._hooks
 
 
 # --- stop_on ---

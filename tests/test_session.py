@@ -149,10 +149,11 @@ def test_closing_removes_every_hook() -> None:
 def test_notes_say_what_could_not_be_measured() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 1, bias=False))
     optimizer, session = torch.optim.SGD(model.parameters(), lr=0.1), HealthSession(model)
-    model(torch.randn(4, 8)).sum().backward()
+    model[1](model[0](torch.randn(4, 8))).sum().backward()  # the model itself is not called
     session.observe(optimizer)
     notes = session.report().notes
     assert any(note.startswith("depth: not measured") for note in notes)
+    assert any(note.startswith("signals: not measured") for note in notes)
     assert "loss: unavailable" in notes
     assert session.flush().backward_gain is None
 

@@ -202,10 +202,15 @@ def expected(record: StepRecord, active: int) -> dict[str, float]:
         "gradhealth/norm_ratio_min": min(ratios),
         "gradhealth/norm_ratio_max": max(ratios),
         "gradhealth/gain_per_layer": record.backward_gain,
+        "gradhealth/forward_gain_per_layer": record.forward_gain,
         "gradhealth/update_to_weight": float(np.median(updates)),
         "gradhealth/non_finite_steps": 0.0,
         "gradhealth/findings": float(active),
     }
+    for name in ("dead_fraction", "saturated_fraction"):
+        shares = [getattr(layer, name) for layer in record.layers if getattr(layer, name) is not None]
+        if shares:
+            values[f"gradhealth/{name}_max"] = max(shares)
     for layer in record.layers:
         values[f"gradhealth/layers/grad_norm/{layer.name}"] = layer.grad_norm
         values[f"gradhealth/layers/update_to_weight/{layer.name}"] = layer.update_to_weight

@@ -241,6 +241,9 @@ EXTRA = {
 }
 
 
+AGREEMENT = 2  # at the first probe the ranks exchange the names of what they measure: how long they are, and they
+
+
 @over([each for each in ALIKE if each[2] not in ("bare", "adam")])
 def test_one_collective_a_step(every: tuple[list[Answer], Answer], request: pytest.FixtureRequest) -> None:
     world, kind, clip = request.node.callspec.params["every"]
@@ -251,6 +254,7 @@ def test_one_collective_a_step(every: tuple[list[Answer], Answer], request: pyte
             expected = usual + EXTRA.get(f"{kind} {clip}", 0)
             if step < 2 or step % fits.PROBES == fits.PROBES - 1:  # a probe
                 expected += usual + (EXTRA["sp watched"] if (kind, clip) == ("sp", "watched") else 0)
+            expected += 1 if step else 1 + AGREEMENT  # signals: first steps, until units have had samples enough
             expected += kind == "fsdp1" and step == 0  # the sizes of the whole parameters
             assert count - without == expected
 
