@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +16,7 @@ from lightning_gradhealth.history import sparkline
 from lightning_gradhealth.records import (
     DepthPoint,
     Finding,
+    FlowReport,
     HealthReport,
     InitReport,
     LayerStats,
@@ -61,11 +62,22 @@ _COLUMNS: tuple[tuple[str, Callable[[LayerStats], float | None]], ...] = (
     ("grad/weight", lambda layer: layer.grad_to_weight),
     ("update/weight", lambda layer: layer.update_to_weight),
 )
+# shown where any layer has them
+_SIGNALS: tuple[tuple[str, Callable[[LayerStats], float | None]], ...] = (
+    ("output RMS", lambda layer: layer.forward_rms),
+    ("gradient RMS", lambda layer: layer.backward_rms),
+    ("dead", lambda layer: layer.dead_fraction),
+    ("saturated", lambda layer: layer.saturated_fraction),
+)
+
+
+def _columns(report: HealthReport) -> list[tuple[str, Callable[[LayerStats], float | None]]]:
+    return [*_COLUMNS, *(column for column in _SIGNALS if any(column[1](la) is not None for la in report.layers))]
 
 
 def _rows(report: HealthReport) -> list[tuple[str, ...]]:
     return [
-        (layer.name, *(_figure(read(layer)) for _, read in _COLUMNS), layer_state(layer, report.findings)[0])
+        (layer.name, *(_figure(read(layer)) for _, read in _columns(report)), layer_state(layer, report.findings)[0])
         for layer in report.layers
     ]
 
@@ -92,7 +104,7 @@ def render_health(report: HealthReport) -> RenderableType:
     if report.layers:
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("layer", overflow="fold")
-        for title, _ in _COLUMNS:
+        for title, _ in _columns(report):
             table.add_column(title, justify="right", no_wrap=True)
         table.add_column("state")
         for layer, row in zip(report.layers, _rows(report), strict=True):
@@ -115,13 +127,13 @@ def _evidence(finding: Finding) -> str:
     return ", ".join(f"{key} {_figure(float(value))}" for key, value in shown.items())
 
 
-def _render_finding(finding: Finding) -> RenderableType:
+def _render_finding(finding: Finding, *, with_step: bool = True) -> RenderableType:
     colour = _COLOURS[finding.severity]
-    since = f"step {finding.first_step}"
+    since = f", step {finding.first_step}"
     if finding.last_step > finding.first_step:
-        since = f"steps {finding.first_step} to {finding.last_step}"
+        since = f", steps {finding.first_step} to {finding.last_step}"
     head = Text(f"{finding.severity}: {finding.condition}", style=f"bold {colour}")
-    head.append(f" in {finding.where}, {since}", style="default")
+    head.append(f" in {finding.where}{since if with_step else ''}", style="default")
     lines = [head, Text(f"  {finding.summary}")]
     if evidence := _evidence(finding):
         lines.append(Text(f"  evidence: {evidence}", style="dim"))
@@ -144,7 +156,7 @@ def markdown(report: HealthReport) -> str:
     if report.findings:
         lines.append("")
     if report.layers:
-        titles = ("layer", *(title for title, _ in _COLUMNS), "state")
+        titles = ("layer", *(title for title, _ in _columns(report)), "state")
         lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _rows(report)]
         lines.append("")
@@ -162,12 +174,18 @@ def save_health(report: HealthReport, path: Path) -> Path:
         ...
         ValueError: path must end in .json, .md or .txt, got 'health.doc'; the suffix decides the format
     """
+    return _save(path, report, lambda: markdown(report), lambda: render_health(report))
+
+
+def _save(
+    path: Path, report: HealthReport | FlowReport, as_markdown: Callable[[], str], render: Callable[[], RenderableType]
+) -> Path:
     if path.suffix == ".json":
         content = report.to_json(indent=1)
     elif path.suffix == ".md":
-        content = markdown(report)
+        content = as_markdown()
     elif path.suffix == ".txt":
-        content = plain(render_health(report), width=160)
+        content = plain(render(), width=160)
     else:
         raise ValueError(f"path must end in .json, .md or .txt, got {str(path)!r}; the suffix decides the format")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,6 +204,113 @@ def plain(renderable: RenderableType, width: int = 120) -> str:
     console.print(renderable)
     return console.export_text().rstrip("\n")
 
+
+# --- before the first step ---
+
+
+def _share(layer: LayerStats) -> str:
+    """The share of units that are dead or saturated."""
+    share = layer.saturated_fraction if layer.dead_fraction is None else layer.dead_fraction
+    return "–" if share is None else f"{100 * share:.3g} %"
+
+
+_FLOW_COLUMNS: tuple[tuple[str, Callable[[LayerStats], str]], ...] = (
+    ("forward RMS", lambda layer: _figure(layer.forward_rms)),
+    ("gain", lambda layer: _figure(layer.forward_gain)),
+    ("backward RMS", lambda layer: _figure(layer.backward_rms)),
+    ("gain", lambda layer: _figure(layer.backward_gain)),
+    ("activation", lambda layer: layer.activation or "–"),
+    ("dead or saturated", _share),
+)
+
+
+def _flow_rows(report: FlowReport) -> list[tuple[str, ...]]:
+    return [(layer.name, *(read(layer) for _, read in _FLOW_COLUMNS)) for layer in report.layers]
+
+
+def _flow_headline(report: FlowReport) -> str:
+    gains = f"gain per layer {_figure(report.forward_gain)} forward, {_figure(report.backward_gain)} back"
+    parts = (f"{report.verdict} before the first step; {gains} over {len(report.chain.points)} layers", report.outlook)
+    return "; ".join(filter(None, parts))
+
+
+def _through_time(report: FlowReport) -> list[str]:
+    """One line for each recurrent layer."""
+    return [
+        f"through time in {name}: gain {_figure(flow.gain_per_step)} per step over {len(flow.grad_norms)} steps"
+        + (f"; it remembers {flow.memory} steps" if flow.memory is not None else "")
+        for name, flow in report.temporal.items()
+    ]
+
+
+def _other_remedies(report: FlowReport) -> Sequence[str]:
+    """The remedies that do not stand with a finding."""
+    return [remedy for remedy in report.remedies if remedy not in {finding.remedy for finding in report.findings}]
+
+
+def render_flow(report: FlowReport) -> RenderableType:
+    """A table of the signal at every layer, the findings with remedies, and what could not be measured.
+
+    Example:
+        >>> plain(render_flow(FlowReport())).splitlines()[1].strip("│ ")
+        'nothing was measured before the first step; gain per layer – forward, – back over 0 layers'
+    """
+    worst = max((f.severity for f in report.findings), key=lambda s: s.rank, default=Severity.INFO)
+    colour = "green" if report.healthy else _COLOURS[worst]
+    parts: list[RenderableType] = [Text(_flow_headline(report), style=f"bold {colour}")]
+    if report.layers:
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        table.add_column("layer", overflow="fold")
+        for title, _ in _FLOW_COLUMNS:
+            table.add_column(title, justify="left" if title == "activation" else "right", no_wrap=True)
+        hit = {name: finding.severity for finding in reversed(report.findings) for name in finding.layers}
+        for layer, row in zip(report.layers, _flow_rows(report), strict=True):
+            style = "dim" if layer.frozen else (_COLOURS[hit[layer.name]] if layer.name in hit else "")
+            table.add_row(*(Text(cell, style=style) for cell in row))
+        parts.append(table)
+    parts += [Text(line) for line in _through_time(report)]
+    parts += [_render_finding(finding, with_step=False) for finding in report.findings]
+    parts += [Text(f"remedy: {remedy}") for remedy in _other_remedies(report)]
+    parts += [Text(f"note: {note}", style="dim") for note in report.notes]
+    return Panel(Group(*parts), title="GradHealth", border_style=colour, title_align="left")
+
+
+def flow_markdown(report: FlowReport) -> str:
+    """The report as Markdown.
+
+    Example:
+        >>> flow_markdown(FlowReport(notes=("no loss",))).splitlines()[-1]
+        'Note: no loss'
+    """
+    lines = [f"# Preflight: {_flow_headline(report)}", ""]
+    lines += [
+        f"- **{f.severity}: {f.condition}** in {f.where}: {f.summary}. Remedy: {f.remedy}" for f in report.findings
+    ]
+    lines += [f"- Remedy: {remedy}" for remedy in _other_remedies(report)]
+    if report.findings or report.remedies:
+        lines.append("")
+    if report.layers:
+        titles = ("layer", *(title for title, _ in _FLOW_COLUMNS))
+        lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _flow_rows(report)]
+        lines.append("")
+    lines += _through_time(report)
+    return "\n".join([*lines, *(f"Note: {note}" for note in report.notes)])
+
+
+def save_flow(report: FlowReport, path: Path) -> Path:
+    """Write a report as JSON, Markdown or text, by its suffix.
+
+    Example:
+        >>> save_flow(FlowReport(), Path("flow.doc"))
+        Traceback (most recent call last):
+        ...
+        ValueError: path must end in .json, .md or .txt, got 'flow.doc'; the suffix decides the format
+    """
+    return _save(path, report, lambda: flow_markdown(report), lambda: render_flow(report))
+
+
+# --- initialisation ---
 
 _SHOWN_DEPTHS = 12
 
