@@ -16,6 +16,11 @@ if TYPE_CHECKING:
         GradHealthError as GradHealthError,
         NonFiniteGradientError as NonFiniteGradientError,
     )
+    from lightning_gradhealth.flows import (
+        ChainPoint as ChainPoint,
+        SignalChain as SignalChain,
+        TemporalFlow as TemporalFlow,
+    )
     from lightning_gradhealth.gradients import (
         Chain as Chain,
         Clipper as Clipper,
@@ -55,10 +60,21 @@ if TYPE_CHECKING:
         xavier_normal_ as xavier_normal_,
         xavier_uniform_ as xavier_uniform_,
     )
+    from lightning_gradhealth.metrics import (
+        DeadUnitFraction as DeadUnitFraction,
+        GradientNorm as GradientNorm,
+        GradientNormRatio as GradientNormRatio,
+        SaturatedUnitFraction as SaturatedUnitFraction,
+        SignalGain as SignalGain,
+    )
+    from lightning_gradhealth.preflight import (
+        diagnose as diagnose,
+    )
     from lightning_gradhealth.records import (
         Condition as Condition,
         DepthPoint as DepthPoint,
         Finding as Finding,
+        FlowReport as FlowReport,
         HealthReport as HealthReport,
         InitEntry as InitEntry,
         InitReport as InitReport,
@@ -75,12 +91,19 @@ if TYPE_CHECKING:
     from lightning_gradhealth.session import (
         HealthSession as HealthSession,
     )
+    from lightning_gradhealth.signals import (
+        temporal_flow as temporal_flow,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "callback": ("GradHealth",),
     "session": ("HealthSession",),
+    "preflight": ("diagnose",),
+    "signals": ("temporal_flow",),
+    "flows": ("ChainPoint", "SignalChain", "TemporalFlow"),
+    "metrics": ("DeadUnitFraction", "GradientNorm", "GradientNormRatio", "SaturatedUnitFraction", "SignalGain"),
     "errors": ("GradHealthError", "NonFiniteGradientError"),
     "gradients": (
         "Chain",
@@ -103,6 +126,7 @@ _HOMES = {
         "Condition",
         "DepthPoint",
         "Finding",
+        "FlowReport",
         "HealthReport",
         "InitEntry",
         "InitReport",

@@ -131,3 +131,50 @@ def test_deep_nets_residual() -> None:
     tamed = [rows[name][1] for name in ('residual="fixup"', 'residual="zero_last"', "auto")]
     assert min(tamed) > 0.85
     assert rows["GPT-2"][1] < min(tamed)
+
+
+@pytest.mark.slow
+def test_remedies(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # no cell of the table is folded
+    written = tmp_path / "remedies.md"
+    results = importlib.import_module("remedies").main(["--quick", "--markdown", str(written)])
+    deep, recurrent = (list(results[task].items()) for task in ("deep", "recurrent"))
+    (_, dead), *cured = deep
+    assert dead.accuracy < 0.2
+    assert dead.report.findings[0].condition == "vanishing_gradients"
+    assert len(cured) == 2
+    for remedy, outcome in cured:
+        assert outcome.accuracy > 0.8, remedy
+        assert outcome.report.healthy, remedy
+    (_, wild), (_, clipped) = recurrent
+    assert wild.loss > 5
+    assert "exploding_gradients" in wild.report.conditions
+    assert clipped.loss < 3.5
+    assert "exploding_gradients" not in clipped.report.conditions
+    assert clipped.report.clipped_steps > 0 == wild.report.clipped_steps
+    lines = written.read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in cells} == {4}
+    shown = capsys.readouterr().out
+    for remedy, outcome in deep + recurrent:
+        row = next(row for row in cells if row[0] == f"`{remedy}`")
+        assert row[1:] == [f"{outcome.accuracy:.1%}", f"{outcome.loss:.3g}", outcome.report.verdict]
+        assert remedy in shown
+
+
+def test_remedies_lists_what_can_be_trained() -> None:
+    """Every network is built, started as its row says, and gives what the task asks for."""
+    example = importlib.import_module("remedies")
+    for task in example.TASKS:
+        x, y = (tensor[:8] for tensor in task.data()[0].tensors)
+        cases = task.cases()
+        assert len({case.remedy for case in cases}) == len(cases)
+        assert cases[0].quick  # the sick one is what the others are compared with
+        for case in cases:
+            net = case.net()
+            if case.init is not None:
+                before = [parameter.clone() for parameter in net.parameters()]
+                example.gh.init_weights(net, x, seed=0, **case.init)
+                changed = [(a != b).any() for a, b in zip(before, net.parameters(), strict=True)]
+                assert any(changed), case.remedy
+            assert net(x).shape[:-1] == y.shape, case.remedy

@@ -49,7 +49,7 @@ def test_every_python_block_runs(
         "gh": gh,
     }
     blocks = python_blocks()
-    assert len(blocks) == 7
+    assert len(blocks) == 9
     for block in blocks:
         run(block, names)
     assert "True" in capsys.readouterr().out
