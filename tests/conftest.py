@@ -38,7 +38,10 @@ def quiet_and_repeatable() -> Iterator[None]:
             ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ):
             warnings.filterwarnings("ignore", message=advice)
+        logger = logging.getLogger("lightning_gradhealth")
+        level = logger.level
         yield
+        logger.setLevel(level)  # examples silence it
 
 
 def mlp(depth: int = 4, width: int = 16, inputs: int = 8, outputs: int = 3) -> nn.Sequential:
