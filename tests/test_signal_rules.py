@@ -121,8 +121,7 @@ def test_biases_retire_once_signals_are_seen() -> None:
     assert set(judged(sick)) == {Condition.VANISHING_GRADIENTS}
     healthy = signals(backward=[1.0] * 30)
     assert not judged([healthy, *sick])
-    short = signals(backward=[1.0] * 3)  # no depth to judge: the biases go on
-    assert set(judged([short, *sick])) == {Condition.VANISHING_GRADIENTS}
+    assert not judged([signals(backward=[1.0] * 3), *sick])  # towers side by side have no depth to judge
 
 
 @given(st.lists(st.floats(0.05, 20.0), min_size=4, max_size=60))

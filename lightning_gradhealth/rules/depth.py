@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from lightning_gradhealth.flows import ChainPoint, SignalChain
 from lightning_gradhealth.ratios import fitted_gain, median
 from lightning_gradhealth.records import Condition, Severity, StepRecord
-from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict, by_optimizer
+from lightning_gradhealth.rules.base import (
+    NOT_MEASURED,
+    NotMeasured,
+    Rule,
+    Thresholds,
+    Verdict,
+    by_optimizer,
+    keep_last,
+)
 from lightning_gradhealth.rules.remedies import for_depth
 
 BACK, FORTH = "on the way to the first layers", "on the way to the last layers"
@@ -108,6 +116,10 @@ class _Depth(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge every chain that is long enough; the worst one counts."""
+        size = self.thresholds.growth_window
+        for step in record.window:
+            early = self.memory.setdefault("early", [])
+            keep_last(early if len(early) < size else self.memory.setdefault("late", []), step.loss, size)
         answers = [self._judge(chain, record) for chain in self._chains(record)]
         verdicts = [answer for answer in answers if answer is not None]
         worst = max(verdicts, key=lambda verdict: Severity(verdict.severity).rank, default=None)
@@ -170,11 +182,10 @@ class DepthRule(_Depth):
 
     def _chains(self, record: StepRecord) -> list[SignalChain]:
         measured = [_measured(chain, "backward_rms") for chain in record.chains]
-        chains = [chain for chain in measured if len(chain.points) >= self.thresholds.depth_layers]
-        if chains:
+        if any(len(chain.points) > 1 for chain in measured):
             self.memory["signals"] = True
         if self.memory.get("signals", False):
-            return chains
+            return [chain for chain in measured if len(chain.points) >= self.thresholds.depth_layers]
         return [chain for chain in _stand_ins(record) if len(chain.points) >= self.thresholds.depth_layers]
 
     def _judge(self, chain: SignalChain, record: StepRecord) -> Verdict | None:
@@ -194,7 +205,9 @@ class DepthRule(_Depth):
         passed = [place for place, value in enumerate(rms) if value > 0.0]
         cut = passed[0] if passed else 0
         key = f"blocked{chain.optimizer}"
-        if not cut:
+        late = self.memory.get("late", [])
+        has_learned = bool(late) and median(late) < 0.5 * median(self.memory["early"])
+        if not cut or has_learned:  # where there is nothing left to learn, gradients end in zeros
             self.memory.pop(key, None)
             return None
         since = self.memory.setdefault(key, record.step)
