@@ -263,3 +263,31 @@ def by_optimizer(record: StepRecord) -> Iterator[list[LayerStats]]:
     numbers = {layer.optimizer for layer in record.layers if layer.optimizer is not None}
     for number in sorted(numbers):
         yield [layer for layer in record.layers if layer.optimizer == number and not layer.frozen]
+
+
+def follow_loss(rule: Rule, record: StepRecord) -> None:
+    """Keep the run's first losses and its latest ones, `growth_window` of each, in the memory of a rule.
+
+    Args:
+        rule: The rule.
+        record: The record at hand.
+    """
+    size = rule.thresholds.growth_window
+    early, late = followed_losses(rule)
+    for step in record.window:
+        keep_last(early if len(early) < size else late, step.loss, size)
+
+
+def followed_losses(rule: Rule) -> tuple[list[float], list[float]]:
+    """The first losses and the latest ones that `follow_loss` has kept.
+
+    Args:
+        rule: The rule.
+
+    Example:
+        >>> followed_losses(Rule())
+        ([], [])
+    """
+    # no layer is called like that: rules keep what they know of layers by name
+    kept = rule.memory.setdefault("the loss", {"early": [], "late": []})
+    return kept["early"], kept["late"]

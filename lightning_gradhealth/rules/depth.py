@@ -16,7 +16,8 @@ from lightning_gradhealth.rules.base import (
     Thresholds,
     Verdict,
     by_optimizer,
-    keep_last,
+    follow_loss,
+    followed_losses,
 )
 from lightning_gradhealth.rules.remedies import for_depth
 
@@ -116,10 +117,7 @@ class _Depth(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge every chain that is long enough; the worst one counts."""
-        size = self.thresholds.growth_window
-        for step in record.window:
-            early = self.memory.setdefault("early", [])
-            keep_last(early if len(early) < size else self.memory.setdefault("late", []), step.loss, size)
+        follow_loss(self, record)
         answers = [self._judge(chain, record) for chain in self._chains(record)]
         verdicts = [answer for answer in answers if answer is not None]
         worst = max(verdicts, key=lambda verdict: Severity(verdict.severity).rank, default=None)
@@ -205,8 +203,8 @@ class DepthRule(_Depth):
         passed = [place for place, value in enumerate(rms) if value > 0.0]
         cut = passed[0] if passed else 0
         key = f"blocked{chain.optimizer}"
-        late = self.memory.get("late", [])
-        has_learned = bool(late) and median(late) < 0.5 * median(self.memory["early"])
+        early, late = followed_losses(self)
+        has_learned = bool(late) and median(late) < 0.5 * median(early)
         if not cut or has_learned:  # where there is nothing left to learn, gradients end in zeros
             self.memory.pop(key, None)
             return None

@@ -7,7 +7,7 @@ import math
 from lightning_gradhealth.flows import TemporalFlow
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord
-from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, keep_last
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, follow_loss, followed_losses
 from lightning_gradhealth.rules.remedies import for_dead, for_saturated, for_time
 
 
@@ -104,13 +104,10 @@ class SaturatedUnits(_Units):
         return super()._those(layer)
 
     def _watch(self, record: StepRecord) -> None:
-        size = self.thresholds.growth_window
-        for step in record.window:
-            early = self.memory.setdefault("early", [])
-            keep_last(early if len(early) < size else self.memory.setdefault("late", []), step.loss, size)
+        follow_loss(self, record)
 
     def _severity(self, layer: LayerStats, share: float) -> Severity:
-        early, late = self.memory.get("early", []), self.memory.get("late", [])
+        early, late = followed_losses(self)
         has_learned = len(late) >= self.thresholds.growth_window and median(late) < 0.5 * median(early)
         return Severity.INFO if has_learned else Severity.WARNING
 
@@ -130,11 +127,9 @@ class _Temporal(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge every recurrent layer."""
-        size = self.thresholds.growth_window
-        for step in record.window:
-            early = self.memory.setdefault("early", [])
-            keep_last(early if len(early) < size else self.memory.setdefault("late", []), step.loss, size)
-            self.memory["losses"] = self.memory.get("losses", 0) + (step.loss is not None)
+        follow_loss(self, record)
+        known = sum(step.loss is not None for step in record.window)
+        self.memory["losses"] = self.memory.get("losses", 0) + known
         if not record.temporal:
             return NOT_MEASURED
         hit = {name: flow for name, flow in record.temporal.items() if self._is_hit(flow)}
@@ -166,7 +161,7 @@ class _Temporal(Rule):
         return min(first / last, whole) > 1 / limit
 
     def _is_stalled(self) -> bool:
-        early, late = self.memory.get("early", []), self.memory.get("late", [])
+        early, late = followed_losses(self)
         enough = self.memory.get("losses", 0) >= self.thresholds.stalled_steps
         return enough and bool(late) and median(late) > (1 - self.thresholds.stalled_fall) * median(early)
 

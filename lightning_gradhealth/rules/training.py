@@ -16,6 +16,8 @@ from lightning_gradhealth.rules.base import (
     Thresholds,
     Verdict,
     by_optimizer,
+    follow_loss,
+    followed_losses,
     keep_last,
 )
 
@@ -205,10 +207,7 @@ class _WeightDrift(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Advance the windows of every layer that was probed."""
-        for step in record.window:
-            early = self.memory.setdefault("losses", {"early": [], "late": []})
-            size = self.thresholds.growth_window
-            keep_last(early["early"] if len(early["early"]) < size else early["late"], step.loss, size)
+        follow_loss(self, record)
         drifting: dict[str, float] = {}
         seen = False
         norms = [(la.weight_norm, la.numel or 1) for la in record.layers if la.weight_norm and not la.frozen]
@@ -243,9 +242,9 @@ class _WeightDrift(Rule):
 
     def _has_learned(self) -> bool:
         """The loss has halved, and not below zero, as it does where the wrong way is taken on purpose."""
-        losses = self.memory.get("losses", {"early": [], "late": []})
-        enough = len(losses["late"]) >= self.thresholds.growth_window
-        return enough and 0.0 <= median(losses["late"]) < 0.5 * median(losses["early"])
+        early, late = followed_losses(self)
+        enough = len(late) >= self.thresholds.growth_window
+        return enough and 0.0 <= median(late) < 0.5 * median(early)
 
     def _drifts(self, borders: list[list[float]]) -> bool:
         """Whether every window has the factor and none is much slower than the one before it."""
