@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_gradhealth.history import History
+from lightning_gradhealth.messages import reason_of, say
 from lightning_gradhealth.records import Finding, HealthReport, LayerStats, Severity, StepRecord
 from lightning_gradhealth.rules import Rule
 
@@ -45,6 +46,19 @@ class Judgement:
         self.loss_seen = False
         self.depth_seen = False
         self.signals_seen = False
+        self.unwatched: dict[str, str] = {}  # what was no longer watched -> since when and why
+
+    def lose(self, what: str, why: str, step: int) -> bool:
+        """Note that something is no longer watched, so that the run is not called healthy; True the first time.
+
+        Args:
+            what: What is no longer watched, as "signals".
+            why: The reason, in plain words.
+            step: The loggers' x value since when.
+        """
+        known = what in self.unwatched
+        self.unwatched.setdefault(what, f"since step {max(step, 0)} ({why})")
+        return not known
 
     def add(self, record: StepRecord) -> list[Finding]:
         """Judge one record and return the findings that are new or graver than before."""
@@ -63,15 +77,21 @@ class Judgement:
         for rule in list(self.rules):
             try:
                 finding = rule.judge(record)
-            except Exception:
-                log.exception("the rule %s failed and is left out from now on; training goes on", type(rule).__name__)
-                self.rules.remove(rule)
+            except Exception as error:
+                self._leave_out(rule, error)
                 continue
             if finding and rule.needs_support and not self._supported(finding):
                 finding = _with(finding, severity=Severity.INFO)
             if finding and (finding := self._unmuted(finding)) and self._take(finding):
                 news.append(self.findings[finding.condition])
         return news
+
+    def _leave_out(self, rule: Rule, error: Exception) -> None:
+        """Judge without a rule that has failed, from now on."""
+        self.rules.remove(rule)
+        name = type(rule).__name__
+        if self.lose(f"{rule.condition} by the rule {name}", f"it failed: {reason_of(error)}", self.step):
+            say(f"gradhealth: the rule {name} failed and is left out from now on; training goes on", error=error)
 
     def _supported(self, finding: Finding) -> bool:
         """Whether another rule holds something against the run now."""
@@ -133,6 +153,7 @@ class Judgement:
             skipped_steps=self.skipped_steps,
             trend=self.history.trend(),
             notes=tuple(notes),
+            unwatched=tuple(f"{what}, {since}" for what, since in self.unwatched.items()),
         )
 
     def _rule_keys(self) -> list[tuple[str, Rule]]:
@@ -168,6 +189,7 @@ class Judgement:
             "loss_seen": self.loss_seen,
             "depth_seen": self.depth_seen,
             "signals_seen": self.signals_seen,
+            "unwatched": dict(self.unwatched),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,6 +208,7 @@ class Judgement:
         self.loss_seen = state["loss_seen"]
         self.depth_seen = state["depth_seen"]
         self.signals_seen = state["signals_seen"]
+        self.unwatched = dict(state.get("unwatched", {}))
 
 
 # what may be the cause of what; a symptom never stands before its cause

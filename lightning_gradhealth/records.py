@@ -298,7 +298,9 @@ class Finding(Record):
         last_step: The one at which it was last seen.
         summary: What was seen, as a clause.
         evidence: The numbers behind it.
-        remedy: What to do, in words or code that can be pasted.
+        remedy: What to do, in words.
+        code: The same in one line or two that run when pasted, where that can be done; of the names `model`,
+            `optimizer`, `trainer_arguments` (a dict of the Trainer's), `health_arguments` (GradHealth's) and `batch`.
 
     Example:
         >>> finding = Finding("loss_spike", Severity.WARNING, (), 7, 7, "loss 40 after 2", {"loss": 40.0},
@@ -315,6 +317,7 @@ class Finding(Record):
     summary: str = ""
     evidence: dict[str, Any] = field(default_factory=dict)
     remedy: str = ""
+    code: str = ""
 
     def __post_init__(self) -> None:
         if self.condition in Condition._value2member_map_:
@@ -352,6 +355,7 @@ class HealthReport(Record):
         trend: Pairs of step and largest total norm, pooled over the run.
         notes: What could not be measured, and why.
         aside: Why nothing, or not the whole run, was watched; empty where all is well.
+        unwatched: What was no longer watched from some step on, why and since when; such a run is not called healthy.
 
     Example:
         >>> report = HealthReport(steps=100)
@@ -371,6 +375,7 @@ class HealthReport(Record):
     trend: tuple[tuple[float, ...], ...] = ()
     notes: tuple[str, ...] = ()
     aside: str = ""
+    unwatched: tuple[str, ...] = ()
 
     @property
     def conditions(self) -> frozenset[str]:
@@ -379,8 +384,8 @@ class HealthReport(Record):
 
     @property
     def healthy(self) -> bool:
-        """True where the run was watched and nothing above info was found."""
-        return self.steps > 0 and not self.aside and not self.conditions
+        """True where the run was watched to its end, in all that can be, and nothing above info was found."""
+        return self.steps > 0 and not self.aside and not self.unwatched and not self.conditions
 
     @property
     def verdict(self) -> str:

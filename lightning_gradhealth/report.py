@@ -118,6 +118,7 @@ def render_health(report: HealthReport) -> RenderableType:
         parts.append(_render_finding(finding))
     if report.aside:
         parts.append(Text(f"GradHealth stepped aside: {report.aside}", style="yellow"))
+    parts += [Text(f"not watched: {what}", style="yellow") for what in report.unwatched]
     parts += [Text(f"note: {note}", style="dim") for note in report.notes]
     return Panel(Group(*parts), title="GradHealth", border_style=colour, title_align="left")
 
@@ -138,6 +139,7 @@ def _render_finding(finding: Finding, *, with_step: bool = True) -> RenderableTy
     if evidence := _evidence(finding):
         lines.append(Text(f"  evidence: {evidence}", style="dim"))
     lines.append(Text(f"  remedy: {finding.remedy}"))
+    lines += [Text(f"    {line}", style="bold") for line in finding.code.splitlines()]
     return Group(*lines)
 
 
@@ -153,6 +155,8 @@ def markdown(report: HealthReport) -> str:
         lines += [f"- **{finding.severity}: {finding.condition}** — {finding}"]
         if evidence := _evidence(finding):
             lines += [f"  Evidence: {evidence}."]
+        if finding.code:
+            lines += ["", "  ```python", *(f"  {line}" for line in finding.code.splitlines()), "  ```"]
     if report.findings:
         lines.append("")
     if report.layers:
@@ -161,6 +165,7 @@ def markdown(report: HealthReport) -> str:
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _rows(report)]
         lines.append("")
     lines += [f"GradHealth stepped aside: {report.aside}"] if report.aside else []
+    lines += [f"Not watched: {what}" for what in report.unwatched]
     lines += [f"Note: {note}" for note in report.notes]
     return "\n".join(lines)
 

@@ -177,6 +177,8 @@ class HealthSession:
             flows = self.signals.temporal_flows()
             reading = self.signals.close(step=step, optimizer=optimizer, scale=scale, flows=flows)
             self._readings += [] if reading is None else [reading]
+            if self.signals.failure:
+                self.judgement.lose("signals inside the network", self.signals.failure, step)
         self._set_due()
         if self._watch_calls or not self._due:
             self.signals.pause()
@@ -337,7 +339,7 @@ class HealthSession:
 
     def _notes_on_signals(self, judgement: Judgement) -> list[str]:
         if self.signals.failure:
-            return [f"signals: not measured any more ({self.signals.failure})"]
+            return []  # the report says what is not watched
         if self.signals.hidden:
             hidden = ", ".join(self.signals.hidden[:3]) + (", …" if len(self.signals.hidden) > 3 else "")
             return [f"signals: not measured inside compiled or scripted modules ({hidden}); see probe_compiled"]

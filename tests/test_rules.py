@@ -473,9 +473,12 @@ def test_a_broken_rule_steps_aside_once(caplog: pytest.LogCaptureFixture) -> Non
     for step in range(3):
         judgement.add(here("a", step=step))
     assert [record.message for record in caplog.records] == [
-        "the rule Broken failed and is left out from now on; training goes on"
+        "gradhealth: the rule Broken failed and is left out from now on; training goes on"
     ]
     assert set(judgement.findings) == {"every"}
+    report = judgement.report(())
+    assert report.unwatched == ("broken by the rule Broken, since step 0 (it failed: ZeroDivisionError: oops)",)
+    assert not report.healthy
 
 
 def test_causes_stand_before_symptoms() -> None:

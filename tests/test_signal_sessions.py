@@ -277,7 +277,9 @@ def test_a_failure_is_told_in_one_line_and_ends_the_measuring(monkeypatch: pytes
         session.apply(session.observe(optimizer))
         optimizer.step()
     session.flush()
-    assert "signals: not measured any more (RuntimeError: first line)" in session.report().notes
+    report = session.report()
+    assert any("RuntimeError: first line" in what for what in report.unwatched)
+    assert not report.healthy
     assert hooks_of(model) <= 1  # the gate
 
 

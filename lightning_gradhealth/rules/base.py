@@ -124,6 +124,7 @@ class Verdict:
         layers: The layers concerned; empty: the whole network.
         evidence: The numbers behind it.
         first_step: Since when, if the rule knows better than "since this record".
+        code: The remedy in one line or two that run when pasted, see `Finding`.
 
     Example:
         >>> Verdict("warning", "the loss is odd", "look at it").layers
@@ -136,6 +137,7 @@ class Verdict:
     layers: tuple[str, ...] = ()
     evidence: dict[str, Any] = field(default_factory=dict)
     first_step: int | None = None
+    code: str = ""
 
 
 class NotMeasured:
@@ -211,6 +213,7 @@ class Rule:
             summary=verdict.summary,
             evidence=dict(verdict.evidence),
             remedy=verdict.remedy,
+            code=verdict.code,
         )
 
     def state_dict(self) -> dict[str, Any]:
