@@ -48,9 +48,11 @@ def hides_gradients(trainer: pl.Trainer) -> bool:
 def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | float | None:
     """A batch's share in the training loss: what `training_step` returned, else the metric logged under `key`."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    if isinstance(loss, (Tensor, float)):
-        return loss  # divided by the batches that are accumulated already
-    return trainer.callback_metrics.get(key) if key is not None else None
+    if not isinstance(loss, (Tensor, float)):
+        loss = trainer.callback_metrics.get(key) if key is not None else None
+    if isinstance(loss, Tensor) and loss.numel() != 1:  # by hand: one a sample
+        return loss.detach().float().mean() if loss.numel() and not loss.is_complex() else None
+    return loss  # divided by the batches that are accumulated already
 
 
 def outermost(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_gradhealth.gradients import Clip, check_clip
@@ -11,6 +11,7 @@ from lightning_gradhealth.layers import LayersSpec, check_layers
 from lightning_gradhealth.records import Condition
 from lightning_gradhealth.response import OnNonFinite, check_on_non_finite
 from lightning_gradhealth.rules import Rule, Thresholds
+from lightning_gradhealth.validation import check_int, check_regex, check_type, likely_meant, shown, wrong
 
 Ignore = Mapping[str, str] | Iterable[str] | str | None
 StopOn = Sequence[str] | str
@@ -38,72 +39,73 @@ def check_arguments(
     check_clip(clip)
     check_on_non_finite(on_non_finite)
     if probe_every_n_steps is not None:
-        if isinstance(probe_every_n_steps, bool) or not isinstance(probe_every_n_steps, int):
-            raise TypeError(
-                f"probe_every_n_steps must be an int or None, got {probe_every_n_steps!r};"
-                " leave it out to follow the Trainer"
-            )
-        if probe_every_n_steps < 1:
-            raise ValueError(
-                f"probe_every_n_steps must be >= 1, got {probe_every_n_steps}; leave it out to follow the Trainer"
-            )
+        remedy = "leave it out to follow the Trainer's logging, or for 50 without one"
+        check_int("probe_every_n_steps", probe_every_n_steps, 1, remedy, "None or an int")
     check_layers(layers)
-    if not isinstance(thresholds, Thresholds):
-        raise TypeError(f"thresholds must be a Thresholds, got {thresholds!r}; e.g. Thresholds(time_ratio=100.0)")
-    if not isinstance(rules, Sequence):
-        raise TypeError(f"rules must be a sequence of Rule instances, got {rules!r}; e.g. rules=[MyRule()]")
+    check_type("thresholds", thresholds, Thresholds, "a Thresholds", "e.g. Thresholds(time_ratio=100.0)")
+    if not isinstance(rules, Sequence) or isinstance(rules, (str, bytes)):
+        raise TypeError(wrong("rules", "a sequence of Rule instances", rules, "e.g. rules=[MyRule()]"))
     for rule in rules:
-        if not isinstance(rule, Rule) or not rule.condition:
-            raise TypeError(
-                f"rules must be instances of subclasses of Rule with a condition, got {rule!r}; e.g. rules=[MyRule()]"
-            )
+        if not isinstance(rule, Rule) or not isinstance(rule.condition, str) or not rule.condition:
+            must = "instances of subclasses of Rule with a condition"
+            raise TypeError(wrong("rules", must, rule, "e.g. rules=[MyRule()]"))
     return _check_ignore(ignore, rules)
-
-
-def check_flag(name: str, value: bool) -> bool:
-    """Return a value that must be True or False.
-
-    Raises:
-        TypeError: It is neither.
-
-    Example:
-        >>> check_flag("probe_compiled", True)
-        True
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def _check_ignore(ignore: Ignore, rules: Sequence[Rule]) -> dict[str, str]:
     if ignore is None:
-        ignore = {}
-    elif isinstance(ignore, str):
+        return {}
+    if isinstance(ignore, str):
         ignore = {ignore: ".*"}
-    elif not isinstance(ignore, Iterable):
-        raise TypeError(
-            f"ignore must be a condition, several, or condition -> regex, got {ignore!r};"
-            ' e.g. ignore={"stalled_layers": "head.*"}'
-        )
+    elif isinstance(ignore, bytes) or not isinstance(ignore, Iterable):
+        must = "a condition, several, or condition -> regex"
+        raise TypeError(wrong("ignore", must, ignore, 'e.g. ignore={"stalled_layers": "head.*"}'))
     elif not isinstance(ignore, Mapping):
-        ignore = dict.fromkeys(ignore, ".*")
+        ignore = _as_keys(ignore)
     for condition, pattern in ignore.items():
         _check_condition("ignore", condition, rules)
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"ignore: {pattern!r} is not a valid regular expression ({error}); it is matched against layer names"
-            ) from error
+        check_regex("ignore", pattern, "it is matched against layer names; '.*' mutes the condition everywhere")
     return {str(condition): pattern for condition, pattern in ignore.items()}
+
+
+def _as_keys(conditions: Iterable[Any]) -> dict[str, str]:
+    muted = {}
+    for condition in conditions:
+        check_type("ignore", condition, str, "names of conditions", 'e.g. ignore=["loss_spike"]')
+        muted[condition] = ".*"
+    return muted
 
 
 def _check_condition(argument: str, condition: Any, rules: Sequence[Rule]) -> None:
     known = {condition.value for condition in Condition} | {str(rule.condition) for rule in rules}
-    if not isinstance(condition, str) or str(condition) not in known:
+    if not isinstance(condition, str):
+        raise TypeError(wrong(argument, f"one of {', '.join(sorted(known))}", condition, "give a condition's name"))
+    if str(condition) not in known:
+        meant = likely_meant(str(condition), sorted(known))
+        hint = f"; did you mean {meant!r}?" if meant else ""
         raise ValueError(
-            f"{argument}: {str(condition)!r} is no condition; the conditions are {', '.join(sorted(known))}"
+            f"{argument}: {shown(str(condition))} is no condition; the conditions are {', '.join(sorted(known))}{hint}"
         )
+
+
+def unmatched_mutes(ignore: Mapping[str, str], layers: Collection[str]) -> list[str]:
+    """What to say of the patterns of `ignore` that match no layer of the model.
+
+    Args:
+        ignore: Condition -> regex of layer names.
+        layers: The names of the layers.
+
+    Example:
+        >>> unmatched_mutes({"loss_spike": ".*", "dead_units": "haed.*"}, ["net.0", "head"])
+        ["ignore: 'haed.*' (for dead_units) matches no layer, so that it mutes nothing; the layers are net.0, head"]
+    """
+    names = list(layers)
+    few = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return [
+        f"ignore: {shown(pattern)} (for {condition}) matches no layer, so that it mutes nothing; the layers are {few}"
+        for condition, pattern in ignore.items()
+        if not any(re.fullmatch(pattern, name) for name in ("", *names))
+    ]
 
 
 def check_stop_on(stop_on: StopOn, rules: Sequence[Rule]) -> frozenset[str]:
@@ -117,8 +119,8 @@ def check_stop_on(stop_on: StopOn, rules: Sequence[Rule]) -> frozenset[str]:
         >>> sorted(check_stop_on("exploding_gradients", ()))
         ['exploding_gradients']
     """
-    if not isinstance(stop_on, (str, Iterable)):
-        raise TypeError(f'stop_on must be a condition or several, got {stop_on!r}; e.g. stop_on="exploding_gradients"')
+    if isinstance(stop_on, bytes) or not isinstance(stop_on, (str, Iterable)):
+        raise TypeError(wrong("stop_on", "a condition or several", stop_on, 'e.g. stop_on="exploding_gradients"'))
     conditions = [stop_on] if isinstance(stop_on, str) else list(stop_on)
     for condition in conditions:
         _check_condition("stop_on", condition, rules)

@@ -13,16 +13,18 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lightning_gradhealth import _lightning
-from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_flag, check_stop_on
+from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_stop_on
 from lightning_gradhealth.errors import GradHealthError
 from lightning_gradhealth.gradients import Clip
 from lightning_gradhealth.layers import LayersSpec
+from lightning_gradhealth.messages import printable
 from lightning_gradhealth.preflight import copied, examine, of_step
 from lightning_gradhealth.records import FlowReport, HealthReport, StepRecord
 from lightning_gradhealth.response import OnNonFinite
 from lightning_gradhealth.rules import Rule, Thresholds
-from lightning_gradhealth.session import DEFAULT_CADENCE, HealthSession
+from lightning_gradhealth.session import DEFAULT_CADENCE, NO_LOSS, HealthSession
 from lightning_gradhealth.sinks import LoggerSink, LogLayers
+from lightning_gradhealth.validation import check_flag, check_type, wrong
 
 log = logging.getLogger("lightning_gradhealth")
 
@@ -138,8 +140,10 @@ class GradHealth(Callback):
         self.rules = list(rules)
         self.thresholds = thresholds
         self.loss_key = loss_key
-        if loss_key is not None and not isinstance(loss_key, str):
-            raise TypeError(f"loss_key must be the name of a logged metric or None, got {loss_key!r}")
+        if loss_key is not None:
+            must, remedy = "the name of a logged metric or None", 'e.g. loss_key="train_loss"'
+            if not check_type("loss_key", loss_key, str, must, remedy):
+                raise ValueError(wrong("loss_key", must, loss_key, remedy))
         self._reset()
 
     def _reset(self) -> None:
@@ -150,6 +154,7 @@ class GradHealth(Callback):
             notes=("nothing was observed in this process: no fit yet, or one in processes of its own (ddp_spawn)",)
         )
         self._aside = ""
+        self._logged: set[str] = set()  # the metrics that were logged where `loss_key` was not
         self.preflight_report: FlowReport | None = None
 
     # --- lifecycle ---
@@ -269,6 +274,8 @@ class GradHealth(Callback):
         loss = _lightning.loss_of(trainer, outputs, self.loss_key)
         if loss is not None:
             self._session.add_loss(loss)
+        elif self.loss_key is not None:
+            self._logged.update(trainer.callback_metrics)
         self._session.response.forget()
         step = _lightning.logged_step(trainer)
         if self._session.observed(step) and _lightning.due(trainer, step, DEFAULT_CADENCE):
@@ -354,10 +361,18 @@ class GradHealth(Callback):
         report = self._report
         if self._session is not None:
             try:
-                report = self._session.report()
+                report = self._with_loss_key(self._session.report())
             except Exception as error:
                 self._step_aside(f"no report: {type(error).__name__}: {error}", error)
         return HealthReport(**{**vars(report), "aside": self._aside})
+
+    def _with_loss_key(self, report: HealthReport) -> HealthReport:
+        """The report, where no loss is known since nothing was logged under `loss_key`, with what was logged."""
+        if self.loss_key is None or self.loss_key in self._logged or NO_LOSS not in report.notes:
+            return report
+        names = ", ".join(printable(name, 60) for name in sorted(self._logged)[:10]) or "nothing"
+        note = f"{NO_LOSS}: loss_key={self.loss_key!r} was never logged; logged were: {names}"
+        return report.changed(notes=tuple(note if line == NO_LOSS else line for line in report.notes))
 
     @property
     def state_key(self) -> str:

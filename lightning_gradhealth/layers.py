@@ -8,6 +8,7 @@ for verdicts over depth.
 from __future__ import annotations
 
 import logging
+import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_gradhealth.sharding import is_flat
+from lightning_gradhealth.validation import check_int, check_regexes, likely_meant, wrong
 
 log = logging.getLogger("lightning_gradhealth")
 
 LayersSpec = str | int | Sequence[str]
+
+_GROUPINGS = ("module", "parameter")
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_orig_mod|_forward_module|_checkpoint_wrapped_module)\.")
 _PARAMETRIZED = re.compile(r"\.?parametrizations\..*$")
@@ -84,23 +88,40 @@ def check_layers(layers: LayersSpec) -> LayersSpec:
         ...
         ValueError: layers as a depth must be >= 1, got 0; 1 groups by the model's children
     """
-    if isinstance(layers, bool) or not isinstance(layers, (str, int, Sequence)):
-        raise TypeError(
-            f'layers must be "module", "parameter", a depth or regexes, got {layers!r}; leave it out for "module"'
-        )
-    if isinstance(layers, int):
-        if layers < 1:
-            raise ValueError(f"layers as a depth must be >= 1, got {layers}; 1 groups by the model's children")
+    kinds = '"module", "parameter", a depth or regexes'
+    if isinstance(layers, (bool, bytes)) or not isinstance(layers, (str, numbers.Integral, Sequence)):
+        raise TypeError(wrong("layers", kinds, layers, 'leave it out for "module"'))
+    if isinstance(layers, numbers.Integral):
+        return check_int("layers as a depth", layers, 1, "1 groups by the model's children")
+    if layers in _GROUPINGS:
         return layers
-    for pattern in [layers] if isinstance(layers, str) else layers:
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(
-                f"layers: {pattern!r} is not a valid regular expression ({error}); "
-                'give "module", "parameter", a depth, or regexes that match parameter names'
-            ) from error
+    remedy = f"give {kinds} that match parameter names"
+    patterns = check_regexes("layers", layers, remedy)
+    if not patterns:
+        raise ValueError(wrong("layers", "at least one regex", layers, remedy))
+    if isinstance(layers, str) and (meant := likely_meant(layers, _GROUPINGS)):
+        hint = f"did you mean {meant!r}? As a regex on parameter names, write '({layers}).*'"
+        raise ValueError(wrong("layers", kinds, layers, hint))
     return layers
+
+
+def check_model(argument: str, model: Any) -> nn.Module:
+    """Return a model.
+
+    Raises:
+        TypeError: It is no module.
+
+    Example:
+        >>> check_model("model", 5)
+        Traceback (most recent call last):
+        ...
+        TypeError: model must be a torch.nn.Module, got 5; give the model that is trained
+    """
+    if isinstance(model, nn.Module):
+        return model
+    is_class = isinstance(model, type) and issubclass(model, nn.Module)
+    remedy = f"build it first: {model.__name__}(...)" if is_class else "give the model that is trained"
+    raise TypeError(wrong(argument, "a torch.nn.Module", model, remedy))
 
 
 def _group_of(parameter_name: str, owner: str, root: str, layers: LayersSpec) -> str:
@@ -162,7 +183,7 @@ class Layout:
     """
 
     def __init__(self, model: nn.Module, layers: LayersSpec = "module") -> None:
-        self.model = unwrap(model)
+        self.model = unwrap(check_model("model", model))
         self.layers = check_layers(layers)
         self.names: list[str] = []
         self.slots: list[Slot] = []

@@ -22,6 +22,7 @@ from lightning_gradhealth.layers import unwrap
 from lightning_gradhealth.origin import Origin, find_origin
 from lightning_gradhealth.records import StepStats
 from lightning_gradhealth.sharding import first_over_ranks, reshard
+from lightning_gradhealth.validation import check_choice
 
 OnNonFinite = Literal["warn", "skip", "raise", "stop"]
 
@@ -37,17 +38,15 @@ def check_on_non_finite(on_non_finite: OnNonFinite) -> OnNonFinite:
     """Return `on_non_finite` if it is one of the four.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is another word.
+        TypeError: It is no word.
 
     Example:
         >>> check_on_non_finite("skip")
         'skip'
     """
-    if on_non_finite not in get_args(OnNonFinite):
-        raise ValueError(
-            f'on_non_finite must be "warn", "skip", "raise" or "stop", got {on_non_finite!r}; leave it out for "warn"'
-        )
-    return on_non_finite
+    found: OnNonFinite = check_choice("on_non_finite", on_non_finite, get_args(OnNonFinite), 'leave it out for "warn"')
+    return found
 
 
 class Response:

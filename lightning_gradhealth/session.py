@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,21 +13,25 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_flag, check_stop_on
+from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_stop_on, unmatched_mutes
 from lightning_gradhealth.gradients import Clip, Decision, GradientMonitor
 from lightning_gradhealth.gradients.monitor import CAPACITY
 from lightning_gradhealth.judgement import Judgement
-from lightning_gradhealth.layers import LayersSpec, UseRecorder
+from lightning_gradhealth.layers import LayersSpec, UseRecorder, check_model
+from lightning_gradhealth.messages import reason_of, say
 from lightning_gradhealth.norms import read_once
 from lightning_gradhealth.records import Condition, Finding, HealthReport, Severity, StepRecord
 from lightning_gradhealth.response import OnNonFinite, Response
 from lightning_gradhealth.rules import Rule, Thresholds, default_rules
 from lightning_gradhealth.signals import Reading, SignalProbe, with_signals
+from lightning_gradhealth.validation import check_flag, check_keys, check_type, wrong
 
 log = logging.getLogger("lightning_gradhealth")
 
 DEFAULT_CADENCE = 50
 ALWAYS_PROBED = 2
+_SAVED = ("monitor", "judgement", "response", "signals", "readings", "losses")
+NO_LOSS = "loss: unavailable"
 EARLY = 64  # the first steps whose signals are measured until the units of all activations have been judged once
 
 
@@ -92,6 +97,10 @@ class HealthSession:
         watch_calls: bool = True,
     ) -> None:
         muted = check_arguments(clip, on_non_finite, probe_every_n_steps, layers, rules, ignore, thresholds)
+        check_model("model", model)
+        if announce is not None and not callable(announce):
+            raise TypeError(wrong("announce", "a function of one line, or None", announce, "e.g. announce=print"))
+        watch_calls = check_flag("watch_calls", watch_calls)
         self.stop_on = check_stop_on(stop_on, rules)
         self.probe_every_n_steps = probe_every_n_steps or DEFAULT_CADENCE
         self.monitor = GradientMonitor(model, clip, layers)
@@ -108,6 +117,8 @@ class HealthSession:
         self._set_due()
         self.judgement = Judgement([*default_rules(thresholds), *copy.deepcopy(list(rules))], muted)
         self._announce = announce or _warn_on_rank_zero
+        for line in unmatched_mutes(muted, self.monitor.layout.names):
+            say(f"gradhealth: {line}", through=self._announce)
         self._recorder: UseRecorder | None = UseRecorder(model)
         self._order_complete = True
         self._losses: Tensor | float | None = None
@@ -137,7 +148,13 @@ class HealthSession:
 
         Returns:
             What is to be done, for `apply`.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: `loss` has several elements, or `step` is below 0.
         """
+        if loss is not None:
+            _check_loss(loss)
         self._settle_order()
         if len(self.monitor.rows) >= CAPACITY:
             self.flush()
@@ -208,8 +225,13 @@ class HealthSession:
 
         Args:
             loss: Shape () or a float: the share of one micro-batch in the loss of the step.
+
+        Raises:
+            TypeError: It is neither a real tensor nor a number.
+            ValueError: It has several elements.
         """
-        value = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
+        _check_loss(loss)
+        value = loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else float(loss)
         self._losses = value if self._losses is None else self._losses + value
         waiting = False
         for row in reversed(self.monitor.rows):
@@ -223,8 +245,12 @@ class HealthSession:
         """Carry out what `observe` decided: clip the gradients, or set them to None, which skips the step.
 
         Raises:
+            TypeError: `decision` is not what `observe` returned.
             NonFiniteGradientError: `on_non_finite` is "raise", or too many steps were skipped in a row.
         """
+        check_type(
+            "decision", decision, Decision, "what observe() returned", "session.apply(session.observe(optimizer))"
+        )
         with self.signals.held():  # forward passes may run again
             skipped = self.response.carry_out(decision, sharded=self.monitor.sharded)
         if not skipped:
@@ -334,7 +360,7 @@ class HealthSession:
         if judgement.steps and self.signals.lacks_samples:
             notes.append("units: not judged in every layer (fewer than 256 samples were seen there)")
         if judgement.steps and not judgement.loss_seen:
-            notes.append("loss: unavailable")
+            notes.append(NO_LOSS)
         return notes
 
     def _notes_on_signals(self, judgement: Judgement) -> list[str]:
@@ -370,7 +396,24 @@ class HealthSession:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Take up what `state_dict` returned.
+
+        Raises:
+            TypeError: `state` is no dict.
+            ValueError: It is not what `state_dict` returned; the session is as it was then.
+        """
+        check_keys("state", state, _SAVED)
+        before = self.state_dict()
+        try:
+            self._take_up(state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            self._take_up(before)
+            raise ValueError(
+                f"state must be what state_dict() returned, got one that cannot be read ({reason_of(error)}); it may be"
+                " of another version, or of another model"
+            ) from error
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.monitor.load_state_dict(state["monitor"])
         self.judgement.load_state_dict(state["judgement"])
         self.response.load_state_dict(state["response"])
@@ -380,6 +423,19 @@ class HealthSession:
         self._resumed_at = self.judgement.step
         self._losses = state["losses"]
         self._told = {(f.condition, f.severity) for f in self.judgement.findings.values()}
+
+
+def _check_loss(loss: Any) -> None:
+    """Raise unless it is one real number."""
+    if isinstance(loss, Tensor):
+        if loss.is_complex() or loss.dtype is torch.bool:
+            raise TypeError(f"loss must be a real tensor of shape () or a float, got {loss.dtype}; e.g. loss=loss.real")
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss must be one number, got a tensor of shape {tuple(loss.shape)}; e.g. loss=loss.mean()"
+            )
+    elif isinstance(loss, bool) or not isinstance(loss, numbers.Real):
+        raise TypeError(wrong("loss", "a tensor of shape () or a float", loss, "leave it out where there is none"))
 
 
 def _warn_on_rank_zero(line: str) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from lightning_gradhealth.records import Finding, LayerStats, StepRecord
+from lightning_gradhealth.validation import check_int, wrong
 
 log = logging.getLogger("lightning_gradhealth")
 
@@ -24,21 +25,22 @@ def check_log_layers(log_layers: LogLayers) -> int | None:
     """Return how many layers to log; None for all.
 
     Raises:
-        ValueError: It is neither "auto", a bool nor a number >= 0.
+        ValueError: It is another word, or a number < 0.
+        TypeError: It is neither a word, a bool nor a whole number.
 
     Example:
         >>> check_log_layers("auto"), check_log_layers(True), check_log_layers(False), check_log_layers(3)
         (10, None, 0, 3)
     """
-    if log_layers == "auto":
+    must = f'"auto" (the worst {WORST}), True, False or a number of layers'
+    remedy = 'leave it out for "auto"'
+    if isinstance(log_layers, str):
+        if log_layers != "auto":
+            raise ValueError(wrong("log_layers", must, log_layers, remedy))
         return WORST
     if isinstance(log_layers, bool):
         return None if log_layers else 0
-    if isinstance(log_layers, int) and log_layers >= 0:
-        return log_layers
-    raise ValueError(
-        f'log_layers must be "auto" (the worst {WORST}), True, False or a number of layers >= 0, got {log_layers!r}'
-    )
+    return check_int("log_layers", log_layers, 0, remedy, must)
 
 
 def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:

@@ -489,10 +489,14 @@ trainer:
         (
             {"probe_every_n_steps": 0},
             ValueError,
-            "probe_every_n_steps must be >= 1, got 0; leave it out to follow the Trainer",
+            "probe_every_n_steps must be None or an int >= 1, got 0; leave it out to follow the Trainer",
         ),
-        ({"probe_every_n_steps": 2.5}, TypeError, "probe_every_n_steps must be an int or None, got 2.5; leave it out"),
-        ({"layers": 0}, ValueError, "layers as a depth must be >= 1, got 0"),
+        (
+            {"probe_every_n_steps": 2.5},
+            TypeError,
+            "probe_every_n_steps must be None or an int >= 1, got 2.5; leave it out",
+        ),
+        ({"layers": 0}, ValueError, "layers as a depth must be an int >= 1, got 0"),
         ({"log_layers": -1}, ValueError, r'log_layers must be "auto" .* got -1'),
         ({"log_layers": "all"}, ValueError, r'log_layers must be "auto" .* got \'all\''),
         ({"rules": ["vanishing"]}, TypeError, "rules must be instances of subclasses of Rule .* got 'vanishing'"),

@@ -51,11 +51,11 @@ def test_grouping(layers: object, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("layers", "error", "message"),
     [
-        (0, ValueError, "layers as a depth must be >= 1, got 0; 1 groups by the model's children"),
+        (0, ValueError, "layers as a depth must be an int >= 1, got 0; 1 groups by the model's children"),
         (True, TypeError, 'layers must be "module", "parameter", a depth or regexes, got True'),
         (1.5, TypeError, 'layers must be "module", "parameter", a depth or regexes, got 1.5'),
         ("(", ValueError, r"layers: '\(' is not a valid regular expression"),
-        ([3], ValueError, "layers: 3 is not a valid regular expression"),
+        ([3], TypeError, "layers must be a regular expression, got 3"),
     ],
 )
 def test_wrong_grouping(layers: object, error: type[Exception], message: str) -> None:
@@ -64,8 +64,8 @@ def test_wrong_grouping(layers: object, error: type[Exception], message: str) ->
 
 
 def test_a_regex_that_matches_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    assert Layout(mlp(depth=2), "modul").names == ["0", "2"]
-    assert "layers: 'modul' matches no parameter name" in caplog.text
+    assert Layout(mlp(depth=2), "encoder").names == ["0", "2"]
+    assert "layers: 'encoder' matches no parameter name" in caplog.text
 
 
 def test_names_lose_what_wrappers_add() -> None:

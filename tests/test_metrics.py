@@ -489,7 +489,7 @@ def test_plot(index: int) -> None:
     [
         (lambda: GradientNorm("median"), ValueError, "reduction must be one of 'mean', 'max', got 'median'; leave"),
         (lambda: GradientNormRatio(reduction="mean"), ValueError, "reduction must be one of None, 'max', 'min', got"),
-        (lambda: GradientNormRatio(0), ValueError, "layers as a depth must be >= 1, got 0"),
+        (lambda: GradientNormRatio(0), ValueError, "layers as a depth must be an int >= 1, got 0"),
         (lambda: DeadUnitFraction("tanh"), ValueError, "one of 'relu', 'relu6', got 'tanh'; .*SaturatedUnitFraction"),
         (lambda: SaturatedUnitFraction("relu"), ValueError, "'softsign', got 'relu'; DeadUnitFraction is for"),
         (lambda: DeadUnitFraction(axis=1.0), TypeError, r"axis must be an int, got 1.0; 1 for"),

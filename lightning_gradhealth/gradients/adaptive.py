@@ -15,12 +15,11 @@ from lightning_gradhealth.gradients.clipping import (
     Clipper,
     Cut,
     Gradients,
-    check_count,
-    check_positive,
     factor,
     limited,
     usable,
 )
+from lightning_gradhealth.validation import check_int, check_number
 
 
 class PercentileClip(Clipper):
@@ -35,6 +34,7 @@ class PercentileClip(Clipper):
 
     Raises:
         ValueError: An argument is out of range.
+        TypeError: An argument is no number.
 
     Example:
         >>> from torch import nn
@@ -48,10 +48,8 @@ class PercentileClip(Clipper):
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 1_000) -> None:
-        self.percentile = check_positive("PercentileClip", "percentile", percentile, "10 is the paper's")
-        if percentile > 100:
-            raise ValueError(f"PercentileClip: percentile must be <= 100, got {percentile}; 10 is the paper's")
-        self.window = check_count("PercentileClip", "window", window, "leave it out for 1,000")
+        self.percentile = check_number("PercentileClip: percentile", percentile, "10 is the paper's", at_most=100.0)
+        self.window = check_int("PercentileClip: window", window, 1, "leave it out for 1,000")
 
     def decide(self, gradients: Gradients) -> Cut:
         """One factor for all."""
@@ -84,6 +82,7 @@ class ZScoreClip(Clipper):
 
     Raises:
         ValueError: An argument is out of range.
+        TypeError: An argument is no number.
 
     Example:
         >>> from torch import nn
@@ -104,12 +103,11 @@ class ZScoreClip(Clipper):
         clip_factor: float = 1.0,
         warmup_cap: float = 10.0,
     ) -> None:
-        name = "ZScoreClip"
-        self.z_threshold = check_positive(name, "z_threshold", z_threshold, "2.5 is the paper's")
-        self.alpha = check_positive(name, "alpha", alpha, ".97 is the paper's", below=1.0)
-        self.warmup = check_count(name, "warmup", warmup, "25 is the paper's")
-        self.clip_factor = check_positive(name, "clip_factor", clip_factor, "1.0 is the paper's")
-        self.warmup_cap = check_positive(name, "warmup_cap", warmup_cap, "leave it out for 10")
+        self.z_threshold = check_number("ZScoreClip: z_threshold", z_threshold, "2.5 is the paper's")
+        self.alpha = check_number("ZScoreClip: alpha", alpha, ".97 is the paper's", below=1.0)
+        self.warmup = check_int("ZScoreClip: warmup", warmup, 1, "25 is the paper's")
+        self.clip_factor = check_number("ZScoreClip: clip_factor", clip_factor, "1.0 is the paper's")
+        self.warmup_cap = check_number("ZScoreClip: warmup_cap", warmup_cap, "leave it out for 10")
 
     def decide(self, gradients: Gradients) -> Cut:
         """One factor for all."""
@@ -154,6 +152,7 @@ class LayerwiseClip(Clipper):
 
     Raises:
         ValueError: An argument is out of range.
+        TypeError: An argument is no number.
 
     Example:
         >>> from torch import nn
@@ -167,11 +166,10 @@ class LayerwiseClip(Clipper):
     """
 
     def __init__(self, relative: float = 1.05, beta: float = 0.98, warmup: int = 100, warmup_norm: float = 1.0) -> None:
-        name = "LayerwiseClip"
-        self.relative = check_positive(name, "relative", relative, "1.05 is the paper's")
-        self.beta = check_positive(name, "beta", beta, ".98 is the paper's", below=1.0)
-        self.warmup = check_count(name, "warmup", warmup, "100 is the paper's")
-        self.warmup_norm = check_positive(name, "warmup_norm", warmup_norm, "1.0 is the paper's")
+        self.relative = check_number("LayerwiseClip: relative", relative, "1.05 is the paper's")
+        self.beta = check_number("LayerwiseClip: beta", beta, ".98 is the paper's", below=1.0)
+        self.warmup = check_int("LayerwiseClip: warmup", warmup, 1, "100 is the paper's")
+        self.warmup_norm = check_number("LayerwiseClip: warmup_norm", warmup_norm, "1.0 is the paper's")
         self._names: list[str] = []
         self._seen: tuple[str, ...] = ()
 

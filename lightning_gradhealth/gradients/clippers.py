@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from lightning_gradhealth.gradients.clipping import (
     Cut,
     Gradients,
     check_clipper,
-    check_positive,
     factor,
     limited,
     multiply,
@@ -24,6 +24,7 @@ from lightning_gradhealth.gradients.clipping import (
 from lightning_gradhealth.layers import Slot
 from lightning_gradhealth.norms import wide
 from lightning_gradhealth.sharding import is_flat, local, reduced
+from lightning_gradhealth.validation import check_number, check_regex, wrong
 
 # classes first: a command line tries them in order, and every class path is a regex too
 Exclude = Sequence[type[nn.Module] | str] | type[nn.Module] | str
@@ -39,6 +40,7 @@ class NormClip(Clipper):
 
     Raises:
         ValueError: It is not a finite number > 0.
+        TypeError: It is no number.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
@@ -49,7 +51,7 @@ class NormClip(Clipper):
     """
 
     def __init__(self, max_norm: float) -> None:
-        self.max_norm = check_positive("NormClip", "max_norm", max_norm, "1.0 is usual")
+        self.max_norm = check_number("NormClip: max_norm", max_norm, "1.0 is usual")
 
     def decide(self, gradients: Gradients) -> Cut:
         """One factor for all."""
@@ -66,6 +68,7 @@ class ValueClip(Clipper):
 
     Raises:
         ValueError: It is not a finite number > 0.
+        TypeError: It is no number.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
@@ -78,7 +81,7 @@ class ValueClip(Clipper):
     whole = False
 
     def __init__(self, limit: float) -> None:
-        self.limit = check_positive("ValueClip", "limit", limit, "0.5 is usual")
+        self.limit = check_number("ValueClip: limit", limit, "0.5 is usual")
 
     def decide(self, gradients: Gradients) -> Cut:
         """The limit, and whether an element is beyond it."""
@@ -117,6 +120,7 @@ class SignClip(Clipper):
 
     Raises:
         ValueError: It is not a finite number > 0.
+        TypeError: It is no number.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(3))
@@ -129,7 +133,7 @@ class SignClip(Clipper):
     whole = False
 
     def __init__(self, scale: float = 1.0) -> None:
-        self.scale = check_positive("SignClip", "scale", scale, "leave it out for 1.0")
+        self.scale = check_number("SignClip: scale", scale, "leave it out for 1.0")
 
     def decide(self, gradients: Gradients) -> Cut:
         """To act, wherever there is a gradient at all."""
@@ -159,7 +163,8 @@ class UnitwiseClip(Clipper):
             modules that own them; one or several.
 
     Raises:
-        ValueError: A number is not > 0, or a regex is not valid.
+        ValueError: A number is not finite and > 0, or a regex is not valid.
+        TypeError: An argument has the wrong type.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -172,19 +177,12 @@ class UnitwiseClip(Clipper):
     whole = False
 
     def __init__(self, clipping: float = 0.01, eps: float = 1e-3, exclude: Exclude = ()) -> None:
-        self.clipping = check_positive("UnitwiseClip", "clipping", clipping, "0.01 is the paper's")
-        self.eps = check_positive("UnitwiseClip", "eps", eps, "1e-3 is the paper's")
-        self.exclude = [exclude] if isinstance(exclude, (str, type)) or not isinstance(exclude, Sequence) else exclude
-        for pattern in self.exclude:
-            if isinstance(pattern, type) and issubclass(pattern, nn.Module):
-                continue
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"UnitwiseClip: exclude: {pattern!r} is neither a module class nor a valid regular expression"
-                    f' ({error}); e.g. exclude="head.*"'
-                ) from error
+        self.clipping = check_number("UnitwiseClip: clipping", clipping, "0.01 is the paper's")
+        self.eps = check_number("UnitwiseClip: eps", eps, "1e-3 is the paper's")
+        parts: Any = (
+            [exclude] if isinstance(exclude, (str, bytes, type)) or not isinstance(exclude, Sequence) else exclude
+        )
+        self.exclude = [_check_exclude(part) for part in parts]
 
     def _excluded(self, slot: Slot) -> bool:
         return any(
@@ -231,6 +229,16 @@ class UnitwiseClip(Clipper):
                 multiply(tensor, part)
 
 
+def _check_exclude(part: Any) -> type[nn.Module] | str:
+    """Return one entry of `exclude`."""
+    if isinstance(part, type) and issubclass(part, nn.Module):
+        return part
+    argument, remedy = "UnitwiseClip: exclude", 'e.g. exclude="head.*"'
+    if not isinstance(part, str):
+        raise TypeError(wrong(argument, "regular expressions or classes of modules", part, remedy))
+    return check_regex(argument, part, remedy)
+
+
 def _unit_norms(tensor: Tensor) -> Tensor:
     """L2 norm of each unit, in float64 where the device has it, in a shape that broadcasts."""
     magnitude = tensor.abs() if tensor.is_complex() else tensor
@@ -262,12 +270,11 @@ class Chain(Clipper):
     """
 
     def __init__(self, clippers: Sequence[Clipper]) -> None:
-        if isinstance(clippers, (str, Clipper)) or not isinstance(clippers, Sequence):
-            raise TypeError(
-                f"Chain: clippers must be a list of clippers, got {clippers!r}; e.g. Chain([NormClip(1.0)])"
-            )
+        example = "e.g. Chain([NormClip(1.0)])"
+        if isinstance(clippers, str) or not isinstance(clippers, Sequence):
+            raise TypeError(wrong("Chain: clippers", "a list of clippers", clippers, example))
         if not clippers:
-            raise ValueError("Chain: clippers must hold at least one clipper, got none; e.g. Chain([NormClip(1.0)])")
+            raise ValueError(wrong("Chain: clippers", "at least one clipper", clippers, example))
         self.clippers = [check_clipper("Chain: clippers", clipper) for clipper in clippers]
         self.whole = all(clipper.whole for clipper in self.clippers)
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from lightning_gradhealth.layers import Slot
 from lightning_gradhealth.norms import norms_or_zero, wide
 from lightning_gradhealth.sharding import local
+from lightning_gradhealth.validation import check_keys, wrong
 
 log = logging.getLogger("lightning_gradhealth")
 
@@ -57,7 +56,20 @@ class Gradients:
 
     @classmethod
     def of(cls, *parameters: nn.Parameter) -> Gradients:
-        """The gradients of parameters that belong to no model (for tests and examples); each has one."""
+        """The gradients of parameters that belong to no model (for tests and examples); each has one.
+
+        Raises:
+            TypeError: One of them is no tensor.
+            ValueError: There is none, or one has no gradient.
+        """
+        if not parameters:
+            raise ValueError("parameters must be at least one, got none; e.g. Gradients.of(layer.weight)")
+        for parameter in parameters:
+            if not isinstance(parameter, Tensor):
+                raise TypeError(wrong("parameters", "tensors", parameter, "e.g. Gradients.of(*model.parameters())"))
+            if parameter.grad is None:
+                text = f"one of shape {tuple(parameter.shape)} without"
+                raise ValueError(f"parameters must have gradients, got {text}; call it after backward()")
         slots = [Slot(str(i), p, i, "", is_bias=False, is_embedding=False) for i, p in enumerate(parameters)]
         tensors = [p.grad for p in parameters]
         return cls(slots, tensors, norms_or_zero(tensors))
@@ -185,7 +197,13 @@ class Clipper:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned; what a clipper of another kind has left is told and not taken."""
+        """Take up what `state_dict` returned; what a clipper of another kind has left is told and not taken.
+
+        Raises:
+            TypeError: `state` is no dict.
+            ValueError: It is not what `state_dict` returned.
+        """
+        check_keys("state", state, ("kind", "state", "children"))
         if state["kind"] != type(self).__name__:
             log.warning(
                 "gradhealth: clip: the checkpoint holds the statistics of %s: %r starts without", state["kind"], self
@@ -277,41 +295,6 @@ def _like(part: Tensor, tensor: Tensor) -> Tensor:
     return part.to(dtype).to(tensor.device, non_blocking=True)
 
 
-def check_positive(owner: str, name: str, value: Any, remedy: str, *, below: float = math.inf) -> float:
-    """Return a number > 0 (and < `below`) or raise an error that names argument, value and remedy.
-
-    Raises:
-        ValueError: It is none.
-
-    Example:
-        >>> check_positive("NormClip", "max_norm", -1.0, "1.0 is usual")
-        Traceback (most recent call last):
-        ...
-        ValueError: NormClip: max_norm must be a number > 0, got -1.0; 1.0 is usual
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < below:
-        bound = f" and < {below:g}" if below < math.inf else ""
-        raise ValueError(f"{owner}: {name} must be a number > 0{bound}, got {value!r}; {remedy}")
-    return float(value)
-
-
-def check_count(owner: str, name: str, value: Any, remedy: str) -> int:
-    """Return an int >= 1 or raise an error that names argument, value and remedy.
-
-    Raises:
-        ValueError: It is none.
-
-    Example:
-        >>> check_count("PercentileClip", "window", 0, "leave it out for 1,000")
-        Traceback (most recent call last):
-        ...
-        ValueError: PercentileClip: window must be an int >= 1, got 0; leave it out for 1,000
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{owner}: {name} must be an int >= 1, got {value!r}; {remedy}")
-    return value
-
-
 def check_clipper(name: str, clipper: Any) -> Clipper:
     """Return `clipper` if it is one.
 
@@ -325,5 +308,7 @@ def check_clipper(name: str, clipper: Any) -> Clipper:
         TypeError: clip must be a Clipper, got 1.0; e.g. NormClip(1.0)
     """
     if not isinstance(clipper, Clipper):
-        raise TypeError(f"{name} must be a Clipper, got {clipper!r}; e.g. NormClip(1.0)")
+        is_class = isinstance(clipper, type) and issubclass(clipper, Clipper)
+        remedy = f"make one: {clipper.__name__}(...)" if is_class else "e.g. NormClip(1.0)"
+        raise TypeError(wrong(name, "a Clipper", clipper, remedy))
     return clipper

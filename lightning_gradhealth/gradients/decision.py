@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_gradhealth.gradients.clipping import Clipper, Cut, Gradients
 from lightning_gradhealth.gradients.gate import WhenExploding
 from lightning_gradhealth.gradients.rows import Row
+from lightning_gradhealth.validation import wrong
 
 Clip = str | Clipper | None
 
@@ -18,17 +19,19 @@ def check_clip(clip: Clip) -> Clipper | None:
     """Return the clipper that `clip` stands for.
 
     Raises:
-        TypeError: It is neither None, "adaptive" nor a Clipper.
+        ValueError: It is another word than "adaptive".
+        TypeError: It is neither None, a word nor a Clipper.
 
     Example:
         >>> check_clip("adaptive"), check_clip(None)
         (WhenExploding(...), None)
     """
-    if clip == "adaptive":
+    if isinstance(clip, str) and clip == "adaptive":
         return WhenExploding()
-    if isinstance(clip, str) or not isinstance(clip, (Clipper, type(None))):
-        raise TypeError(f'clip must be "adaptive", a Clipper or None, got {clip!r}; e.g. clip=NormClip(1.0)')
-    return clip
+    if clip is None or isinstance(clip, Clipper):
+        return clip
+    text = wrong("clip", '"adaptive", a Clipper or None', clip, "e.g. clip=NormClip(1.0)")
+    raise ValueError(text) if isinstance(clip, str) else TypeError(text)
 
 
 @dataclass

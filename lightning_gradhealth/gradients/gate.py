@@ -14,11 +14,11 @@ from lightning_gradhealth.gradients.clipping import (
     Cut,
     Gradients,
     check_clipper,
-    check_positive,
     factor,
     limited,
     usable,
 )
+from lightning_gradhealth.validation import check_flag, check_number
 
 
 class WhenExploding(Clipper):
@@ -53,7 +53,7 @@ class WhenExploding(Clipper):
             this too, in the units of the gradient; None: history alone decides.
 
     Raises:
-        TypeError: `clipper` is none, or a switch is no bool.
+        TypeError: `clipper` is none, a switch is no bool, or `warmup_norm` is no number.
         ValueError: `warmup_norm` is not > 0.
 
     Example:
@@ -88,14 +88,11 @@ class WhenExploding(Clipper):
         warmup_norm: float | None = None,
     ) -> None:
         self.clipper = None if clipper is None else check_clipper("WhenExploding: clipper", clipper)
-        for name, switch in (("latch", latch), ("dry_run", dry_run)):
-            if not isinstance(switch, bool):
-                raise TypeError(f"WhenExploding: {name} must be True or False, got {switch!r}; leave it out for False")
-        self.latch = latch
-        self.dry_run = dry_run
+        self.latch = check_flag("WhenExploding: latch", latch, "leave it out for False")
+        self.dry_run = check_flag("WhenExploding: dry_run", dry_run, "leave it out for False")
         self.warmup_norm = warmup_norm
         if warmup_norm is not None:
-            self.warmup_norm = check_positive("WhenExploding", "warmup_norm", warmup_norm, "leave it out for none")
+            self.warmup_norm = check_number("WhenExploding: warmup_norm", warmup_norm, "leave it out for none")
         self.whole = clipper is None or clipper.whole
 
     def decide(self, gradients: Gradients) -> Cut:

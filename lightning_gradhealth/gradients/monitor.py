@@ -16,15 +16,33 @@ from lightning_gradhealth.gradients.clipping import Clipper, Gradients
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
-from lightning_gradhealth.gradients.optimizers import bare, rate, still_scaled, unscaled
+from lightning_gradhealth.gradients.optimizers import bare, check_optimizer, check_scaler, rate, still_scaled, unscaled
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
 from lightning_gradhealth.layers import LayersSpec, Layout
 from lightning_gradhealth.norms import norms, norms_or_zero, read_once
 from lightning_gradhealth.records import StepRecord
 from lightning_gradhealth.sharding import Sharding, local, reduced, sum_over_ranks
+from lightning_gradhealth.validation import check_int, check_keys
 
 CAPACITY = 1_024
+
+
+_SAVED = ("observed", "had_grad", "without_grad", "used", "clippers")
+
+
+def check_step(step: int | None) -> int | None:
+    """Return the x value of a step, or None.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is below 0.
+
+    Example:
+        >>> check_step(3), check_step(None)
+        (3, None)
+    """
+    return None if step is None else check_int("step", step, 0, "leave it out to have the steps counted")
 
 
 class GradientMonitor:
@@ -81,6 +99,7 @@ class GradientMonitor:
         for index, known in enumerate(self._optimizers):
             if known is optimizer:
                 return index
+        check_optimizer(optimizer)
         self._optimizers.append(optimizer)
         self._observed.extend([0] * (len(self._optimizers) - len(self._observed)))
         return len(self._optimizers) - 1
@@ -127,8 +146,13 @@ class GradientMonitor:
                 where they are to be clipped, unscaled by it now.
             exact: False allows large tensors on a CPU to be summed in float32 blocks.
             probe: Measure weights, updates and what clipping leaves too, over the step that follows.
+
+        Raises:
+            TypeError: `optimizer` or `grad_scaler` is none, or `step` is no int.
+            ValueError: `step` is below 0.
         """
         optimizer = bare(optimizer)
+        grad_scaler, step = check_scaler(grad_scaler), check_step(step)
         number = self.index_of(optimizer)
         self._observed[number] += 1
         if step is None:
@@ -359,7 +383,13 @@ class GradientMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a state; parameters that the model no longer has are forgotten."""
+        """Take up a state; parameters that the model no longer has are forgotten.
+
+        Raises:
+            TypeError: It is no dict.
+            ValueError: It is not what `state_dict` returned.
+        """
+        check_keys("state", state, _SAVED)
         slot_of = {slot.name: i for i, slot in enumerate(self.layout.slots)}
         self._observed = list(state["observed"])
         self._observed.extend([0] * (len(self._optimizers) - len(self._observed)))

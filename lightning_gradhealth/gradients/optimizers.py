@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
+
+from lightning_gradhealth.validation import wrong
 
 
 def bare(optimizer: Optimizer) -> Optimizer:
@@ -21,6 +24,44 @@ def bare(optimizer: Optimizer) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "_optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
+
+
+def check_optimizer(optimizer: Any) -> Optimizer:
+    """Return an optimizer, or what has parameter groups as one has.
+
+    Raises:
+        TypeError: It has none.
+
+    Example:
+        >>> check_optimizer(5)
+        Traceback (most recent call last):
+        ...
+        TypeError: optimizer must be a torch.optim.Optimizer, got 5; give the one that is about to step
+    """
+    groups = None if isinstance(optimizer, type) else getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, Sequence) or not all(isinstance(g, Mapping) and "params" in g for g in groups):
+        raise TypeError(wrong("optimizer", "a torch.optim.Optimizer", optimizer, "give the one that is about to step"))
+    return cast(Optimizer, optimizer)
+
+
+def check_scaler(grad_scaler: Any) -> GradScaler | None:
+    """Return a loss scaler, what behaves as one, or None.
+
+    Raises:
+        TypeError: It is none.
+
+    Example:
+        >>> check_scaler(True)
+        Traceback (most recent call last):
+        ...
+        TypeError: grad_scaler must be a torch.amp.GradScaler or None, got True; leave it out where no loss is scaled
+    """
+    methods = ("is_enabled", "unscale_")
+    has_all = all(callable(getattr(grad_scaler, name, None)) for name in methods)
+    if grad_scaler is not None and (isinstance(grad_scaler, type) or not has_all):
+        remedy = "leave it out where no loss is scaled"
+        raise TypeError(wrong("grad_scaler", "a torch.amp.GradScaler or None", grad_scaler, remedy))
+    return cast("GradScaler | None", grad_scaler)
 
 
 def rate(group: dict[str, Any]) -> float | None:

@@ -1,0 +1,388 @@
+"""Wrong arguments, over all that is public: a TypeError or ValueError at once, with argument, value and remedy.
+
+A row holds a callable, the argument, and values of the wrong type and out of range. `RIGHT` holds what looks odd and
+is taken on purpose, each with its reason.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from conftest import Classifier, batches, mlp, trainer
+from torch import nn
+
+import lightning_gradhealth as gh
+from lightning_gradhealth.validation import shown
+
+NAN, INF = math.nan, math.inf
+OBJECT = object()
+
+
+@dataclass
+class Row:
+    """What must not be given to one argument of a callable."""
+
+    label: str
+    argument: str
+    call: Callable[[Any], Any]
+    types: Sequence[Any] = ()
+    values: Sequence[Any] = ()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def stepped() -> tuple[gh.HealthSession, torch.optim.Optimizer]:
+    model = net()
+    model(torch.ones(8, 4)).sum().backward()
+    return gh.HealthSession(model), torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def keyword(call: Callable[..., Any], name: str) -> Callable[[Any], Any]:
+    return lambda value: call(**{name: value})
+
+
+NO_FLAGS = [1, 0, "yes", "false", None, NAN, [True], torch.tensor(True), "on", 1.0]
+NO_NUMBERS = ["1", None, True, [1.0], torch.tensor(1.0), 1j, {}, b"1"]
+NOT_POSITIVE = [0, -1, NAN, INF, -INF, -0.0, np.float64(-2.0)]
+NO_INTS = [1.5, "3", True, NAN, INF, [1], torch.tensor(3), 2.0, np.float64(3.0)]
+NO_MODELS = [None, 5, "x", nn.Linear, [nn.Linear(1, 1)], torch.ones(2), lambda x: x, {"a": nn.Linear(1, 1)}]
+NO_TEXTS = [None, 5, [], {}, True, b"x", NAN]
+
+
+def shared(name: str, make: Callable[..., Any]) -> Iterator[Row]:
+    """What GradHealth and HealthSession have in common."""
+
+    def row(argument: str, types: Sequence[Any] = (), values: Sequence[Any] = ()) -> Row:
+        return Row(name, argument, keyword(make, argument), types, values)
+
+    no_clip = [1.0, True, 0, NAN, gh.NormClip, [gh.NormClip(1.0)], {}, torch.nn.utils.clip_grad_norm_]
+    yield row("clip", no_clip, ["adaptiv", "norm", "", "Adaptive"])
+    yield row("on_non_finite", [None, True, 0, ["skip"], {}, NAN], ["Skip", "ignore", "", "halt"])
+    yield row("stop_on", [5, None, True, [5], b"x", NAN, [None]], ["exploding", ["x"], {"a": 1}, "", "Loss_Spike"])
+    yield row("probe_every_n_steps", NO_INTS, [0, -1, np.int64(0)])
+    yield row("probe_compiled", NO_FLAGS)
+    yield row("temporal", NO_FLAGS)
+    yield row(
+        "layers",
+        [True, 1.5, None, [1], {}, b"x", NAN, (None,), {"a"}, torch.tensor(1), ["a", 3]],
+        [0, -1, "(", "[", ["("], "", [], (), "modules", "param", "Module", "paramter", [""], np.int64(0)],
+    )
+    yield row("rules", [None, 5, gh.Rule, [gh.Rule], [gh.Rule()], "abc", {"a": 1}, [None], ["stalled_loss"], {}])
+    yield row(
+        "ignore",
+        [5, {"loss_spike": None}, {"loss_spike": 5}, [5], b"loss_spike", True, NAN, {1: "a"}],
+        ["x", ["x"], {"loss_spike": "("}, {"x": ".*"}, "", {"loss_spike": ""}, {"loss_spikes": ".*"}],
+    )
+    yield row("thresholds", [None, {}, 5, "x", gh.Thresholds, {"depth_ratio": 1}, [gh.Thresholds()]])
+
+
+def callback_and_session() -> Iterator[Row]:
+    yield from shared("GradHealth", gh.GradHealth)
+    yield from shared("HealthSession", lambda **options: gh.HealthSession(net(), **options))
+    yield Row("GradHealth", "preflight", keyword(gh.GradHealth, "preflight"), NO_FLAGS)
+    yield Row("GradHealth", "log_layers", keyword(gh.GradHealth, "log_layers"), [1.5, None, NAN, [1], {}], [-1, "all"])
+    no_key = [5, True, [], b"x", {}, NAN, lambda: 0]
+    yield Row("GradHealth", "loss_key", keyword(gh.GradHealth, "loss_key"), no_key, [""])
+    yield Row("HealthSession", "model", gh.HealthSession, NO_MODELS)
+    no_function = [5, "print", True, [], {}, NAN, 0, ""]
+    yield Row("HealthSession", "announce", lambda v: gh.HealthSession(net(), announce=v), no_function)
+    yield Row("HealthSession", "watch_calls", lambda v: gh.HealthSession(net(), watch_calls=v), NO_FLAGS)
+
+
+def steps_of_a_session() -> Iterator[Row]:
+    def observe(value: Any) -> Any:
+        session, _ = stepped()
+        return session.observe(value)
+
+    def observe_with(name: str) -> Callable[[Any], Any]:
+        def call(value: Any) -> Any:
+            session, optimizer = stepped()
+            return session.observe(optimizer, **{name: value})
+
+        return call
+
+    no_optimizers = [None, 5, "x", [], nn.Linear(1, 1), torch.optim.SGD, {"params": []}]
+    yield Row("HealthSession.observe", "optimizer", observe, no_optimizers)
+    yield Row(
+        "HealthSession.observe",
+        "loss",
+        observe_with("loss"),
+        ["x", [1.0], torch.tensor(1j), {}, OBJECT, True, torch.tensor(True), 1j],
+        [torch.ones(3), torch.ones(0), torch.ones(2, 2)],
+    )
+    no_scalers = [5, "x", True, OBJECT, [], torch.optim.SGD, torch.amp.GradScaler, 1024.0]
+    yield Row("HealthSession.observe", "grad_scaler", observe_with("grad_scaler"), no_scalers)
+    yield Row("HealthSession.observe", "step", observe_with("step"), ["x", *NO_INTS], [-1])
+    yield Row("HealthSession.add_loss", "loss", stepped()[0].add_loss, ["x", None], [torch.ones(3)])
+    no_decisions = [None, 5, "x", {}, [], OBJECT, gh.Decision]
+    yield Row("HealthSession.apply", "decision", stepped()[0].apply, no_decisions)
+
+    def load(value: Any) -> None:
+        stepped()[0].load_state_dict(value)
+
+    broken = {**stepped()[0].state_dict(), "monitor": 5}
+    no_states = [{}, {"monitor": {}}, {**stepped()[0].state_dict(), "readings": 7}, broken]
+    yield Row("HealthSession.load_state_dict", "state", load, [None, 5, "x", []], no_states)
+
+
+def monitor() -> Iterator[Row]:
+    yield Row("GradientMonitor", "model", gh.GradientMonitor, NO_MODELS)
+    make = lambda **options: gh.GradientMonitor(net(), **options)  # noqa: E731
+    yield Row("GradientMonitor", "clip", keyword(make, "clip"), [1.0, True, gh.NormClip, []], ["x"])
+    yield Row("GradientMonitor", "layers", keyword(make, "layers"), [True, 1.5, None, {}], [0, "(", "modules"])
+    yield Row("GradientMonitor.observe", "optimizer", lambda v: make().observe(v), [None, 5, torch.optim.SGD])
+
+    def observe_with(name: str) -> Callable[[Any], Any]:
+        optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
+        return lambda v: make().observe(optimizer, **{name: v})
+
+    yield Row("GradientMonitor.observe", "grad_scaler", observe_with("grad_scaler"), [5, "x", OBJECT])
+    yield Row("GradientMonitor.observe", "step", observe_with("step"), ["x", 1.5, True], [-3])
+    yield Row("GradientMonitor.load_state_dict", "state", lambda v: make().load_state_dict(v), [None, []], [{}])
+
+
+def clippers() -> Iterator[Row]:
+    numbers = {
+        gh.NormClip: ("max_norm",),
+        gh.ValueClip: ("limit",),
+        gh.SignClip: ("scale",),
+        gh.UnitwiseClip: ("clipping", "eps"),
+        gh.PercentileClip: ("percentile",),
+        gh.ZScoreClip: ("z_threshold", "clip_factor", "warmup_cap", "alpha"),
+        gh.LayerwiseClip: ("relative", "warmup_norm", "beta"),
+    }
+    beyond = {"percentile": [101, 100.5], "alpha": [1, 2.0], "beta": [1.0, 7]}
+    for kind, names in numbers.items():
+        for name in names:
+            values = [*NOT_POSITIVE, *beyond.get(name, [])]
+            yield Row(kind.__name__, name, keyword(kind, name), NO_NUMBERS, values)
+    for kind, name in ((gh.PercentileClip, "window"), (gh.ZScoreClip, "warmup"), (gh.LayerwiseClip, "warmup")):
+        yield Row(kind.__name__, name, keyword(kind, name), [*NO_INTS, None], [0, -1])
+    no_patterns = [5, [5], int, None, [None], NAN, b"x", ["a", nn.Linear(1, 1)]]
+    yield Row("UnitwiseClip", "exclude", keyword(gh.UnitwiseClip, "exclude"), no_patterns, ["(", ["a", "("], "", [""]])
+    no_clippers = [1.0, "x", gh.NormClip, [], True, NAN, {}, "adaptive"]
+    yield Row("WhenExploding", "clipper", gh.WhenExploding, no_clippers)
+    for name in ("latch", "dry_run"):
+        yield Row("WhenExploding", name, keyword(gh.WhenExploding, name), NO_FLAGS)
+    no_numbers = [value for value in NO_NUMBERS if value is not None]
+    yield Row("WhenExploding", "warmup_norm", keyword(gh.WhenExploding, "warmup_norm"), no_numbers, NOT_POSITIVE)
+    no_lists = [None, 5, "x", gh.NormClip(1.0), [1.0], [None], {}, (gh.NormClip,), iter([gh.NormClip(1.0)])]
+    yield Row("Chain", "clippers", gh.Chain, no_lists, [[], ()])
+    load = lambda v: gh.ZScoreClip().load_state_dict(v)  # noqa: E731
+    yield Row("Clipper.load_state_dict", "state", load, [None, 5, []], [{}, {"kind": "ZScoreClip"}])
+    yield Row("Gradients.of", "parameters", gh.Gradients.of, [5, None, nn.Linear(1, 1)], [nn.Parameter(torch.ones(1))])
+
+
+ROWS = [
+    *callback_and_session(),
+    *steps_of_a_session(),
+    *monitor(),
+    *clippers(),
+]
+
+
+def parts_of(value: Any) -> set[str]:
+    """How a message may name a value: as it is, by a part of it, or a tensor by what is wrong with it."""
+    parts = {shown(value)}
+    if isinstance(value, torch.Tensor):
+        parts |= {str(tuple(value.shape)), str(value.dtype), type(value).__name__}
+    elif isinstance(value, dict):
+        parts |= {shown(part) for pair in value.items() for part in pair}
+        parts |= {"it has no", "cannot be read"}  # a state
+    elif isinstance(value, (list, tuple)):
+        parts |= {shown(part) for part in value}
+    return parts
+
+
+def error_of(call: Callable[[Any], Any], value: Any) -> Exception | None:
+    try:
+        call(value)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.label}-{row.argument}")
+def test_wrong_arguments_are_named_with_their_value_and_a_remedy(row: Row) -> None:
+    assert row.types or row.values
+    for expected, values in ((TypeError, row.types), (ValueError, row.values)):
+        for value in values:
+            error, said = error_of(row.call, value), f"{row.label}({row.argument}={shown(value)})"
+            assert error is not None, f"{said} passes in silence"
+            message = str(error)
+            assert type(error) is expected, f"{said}: {type(error).__name__}: {message}"
+            last = traceback.extract_tb(error.__traceback__)[-1].filename
+            assert "lightning_gradhealth" in last, f"{said}: not said by the package: {message}"
+            assert row.argument in message, f"{said}: the argument is not named: {message}"
+            assert any(part in message for part in parts_of(value)), f"{said}: the value is not named: {message}"
+            assert ";" in message, f"{said}: no remedy: {message}"
+            assert "\n" not in message
+
+
+# --- what is right on purpose ---
+
+
+def right() -> Iterable[tuple[str, Callable[[], Any], str]]:
+    """Label, call, and why a reader would call it right."""
+    session = lambda **options: gh.HealthSession(net(), **options)  # noqa: E731
+    yield "layers=2", lambda: session(layers=2), "a depth"
+    yield "layers as numpy int", lambda: session(layers=np.int64(1)), "NumPy's numbers count as Python's"
+    yield "layers='net'", lambda: session(layers="encoder"), "a regex; that it matches nothing is told at once"
+    yield "layers=['0', '2']", lambda: session(layers=["0", "2"]), "regexes"
+    yield "probe_every_n_steps", lambda: session(probe_every_n_steps=np.int32(3)), "NumPy's numbers"
+    yield "stop_on=[]", lambda: gh.GradHealth(stop_on=[]), "no condition, as ()"
+    yield "stop_on=Condition", lambda: gh.GradHealth(stop_on=[gh.Condition.DEAD_UNITS]), "a condition is its name"
+    yield "ignore=[]", lambda: gh.GradHealth(ignore=[]), "nothing, as None"
+    yield "log_layers=True", lambda: gh.GradHealth(log_layers=True), "all layers"
+    yield "log_layers=numpy", lambda: gh.GradHealth(log_layers=np.int64(4)), "NumPy's numbers"
+    yield "temporal=np.True_", lambda: gh.GradHealth(temporal=np.True_), "NumPy's booleans"
+    yield "NormClip(numpy)", lambda: gh.NormClip(np.float32(0.5)), "NumPy's numbers"
+    yield "NormClip(1)", lambda: gh.NormClip(1), "a whole number is a number"
+    yield "percentile=100", lambda: gh.PercentileClip(100), "the greatest norm of the window"
+    yield "window=numpy", lambda: gh.PercentileClip(window=np.int64(9)), "NumPy's numbers"
+    yield "exclude=[]", lambda: gh.UnitwiseClip(exclude=[]), "none, as ()"
+    yield "Chain(tuple)", lambda: gh.Chain((gh.NormClip(1.0),)), "any sequence"
+
+
+@pytest.mark.parametrize(("call", "reason"), [pytest.param(c, r, id=i) for i, c, r in right()])
+def test_what_looks_odd_and_is_right(call: Callable[[], Any], reason: str) -> None:
+    assert reason
+    call()
+
+
+def test_observe_takes_what_behaves_as_optimizer_scaler_loss_and_step() -> None:
+    """Wrappers, scalers and numbers of other kinds, as long as they can do what is asked of them."""
+
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self._optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+    class Scaler:
+        _scale = None
+
+        def is_enabled(self) -> bool:
+            return False
+
+        def unscale_(self, optimizer: Any) -> None:
+            raise AssertionError("it is not enabled")
+
+    session, optimizer = stepped()
+    wrapped: Any = Wrapper(optimizer)
+    scaler: Any = Scaler()
+    step: Any = np.int64(7)
+    losses: list[Any] = [2.0, np.float32(2.0), torch.tensor([2.0]), torch.tensor(2, dtype=torch.int64), 2]
+    for loss in losses:
+        session.apply(session.observe(wrapped, loss, scaler, step=step))
+        record = session.flush()
+        assert (record.step, type(record.step)) == (7, int)
+        assert record.window[0].loss == 2.0
+
+
+def test_a_wrong_argument_of_observe_leaves_the_session_as_it_was() -> None:
+    session, optimizer = stepped()
+    wrong: Any = torch.ones(3)
+    with pytest.raises(ValueError, match=r"loss must be one number, got a tensor of shape \(3,\); .*mean"):
+        session.observe(optimizer, wrong)
+    assert session.flush().step == -1
+    session.apply(session.observe(optimizer, 1.0))
+    assert session.flush().step == 0
+
+
+def test_a_state_that_cannot_be_read_leaves_the_session_as_it_was() -> None:
+    session, optimizer = stepped()
+    session.apply(session.observe(optimizer, 1.0))
+    session.flush()
+    state = session.state_dict()
+    for key, wrong in (("monitor", {}), ("judgement", 5), ("response", None), ("readings", 3), ("signals", [])):
+        with pytest.raises(ValueError, match=r"state must be what state_dict\(\) returned"):
+            session.load_state_dict({**state, key: wrong})
+        assert session.report().steps == 1
+        assert session.monitor.steps_of(optimizer) == 1
+
+
+def test_layers_that_match_nothing_and_mutes_that_match_nothing_are_told() -> None:
+    said: list[str] = []
+    session = gh.HealthSession(net(), ignore={"dead_units": "head.*", "loss_spike": ".*"}, announce=said.append)
+    assert len(said) == 1
+    assert "'head.*'" in said[0]
+    assert "dead_units" in said[0]
+    assert "0, 2" in said[0]
+    session.close()
+    said.clear()
+    gh.HealthSession(net(), ignore={"dead_units": "0", "stalled_layers": "0|head"}, announce=said.append)
+    assert not said
+
+
+def test_a_mute_that_matches_no_layer_is_told_in_a_fit(caplog: pytest.LogCaptureFixture) -> None:
+    health = gh.GradHealth(ignore={"stalled_layers": "nomatch.*"})
+    trainer(health, max_steps=2).fit(Classifier(mlp()), batches())
+    assert [record.getMessage() for record in caplog.records if "nomatch" in record.getMessage()]
+    assert health.report().aside == ""
+
+
+class ByHand(Classifier):
+    """Manual optimization, which returns no loss but logs one."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+        self.name = name
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        optimizer.step()
+        self.log(self.name, loss)
+
+
+def test_a_loss_key_that_was_never_logged_is_said_with_what_was() -> None:
+    health = gh.GradHealth(loss_key="los")
+    trainer(health, max_steps=4).fit(ByHand("train_loss"), batches())
+    (note,) = [note for note in health.report().notes if "los" in note]
+    assert "loss_key='los'" in note
+    assert "train_loss" in note
+    assert health.report().notes.count(note) == 1
+    right_key = gh.GradHealth(loss_key="train_loss")
+    trainer(right_key, max_steps=4).fit(ByHand("train_loss"), batches())
+    assert not [note for note in right_key.report().notes if "loss" in note]
+
+
+def test_one_loss_a_sample_is_judged_by_its_mean() -> None:
+    class PerSample(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = mlp()
+            self.automatic_optimization = False
+            self.means: list[float] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            losses = nn.functional.cross_entropy(self.model(batch[0]), batch[1], reduction="none")
+            self.manual_backward(losses.mean())
+            optimizer.step()
+            self.means.append(losses.mean().item())
+            return {"loss": losses}
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    health, module = gh.GradHealth(), PerSample()
+    trainer(health, max_steps=3).fit(module, batches())
+    report = health.report()
+    assert report.aside == ""
+    assert "loss: unavailable" not in report.notes
