@@ -312,7 +312,7 @@ class GradHealth(Callback):
             self._release()
 
     def _conclude(self, trainer: pl.Trainer) -> None:
-        if self._session is not None and self._session.monitor.rows:
+        if self._session is not None and self._session.waits:
             self._log(trainer, self._session.conclude())
 
     def _log(self, trainer: pl.Trainer, record: StepRecord) -> None:

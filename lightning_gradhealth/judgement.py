@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_gradhealth.history import History
+from lightning_gradhealth.merging import latest
 from lightning_gradhealth.messages import reason_of, say
 from lightning_gradhealth.records import Finding, HealthReport, LayerStats, Severity, StepRecord
 from lightning_gradhealth.rules import Rule
@@ -64,7 +65,7 @@ class Judgement:
         """Judge one record and return the findings that are new or graver than before."""
         self.history.append(record)
         self.step = record.step
-        self.steps += len(record.window)
+        self.steps += record.steps
         self.non_finite_steps += record.non_finite_steps
         self.clipped_steps += record.clipped_steps
         self.skipped_steps += record.skipped_steps
@@ -72,7 +73,7 @@ class Judgement:
         deep = any(len(chain.points) > 1 for chain in record.chains)
         self.depth_seen = self.depth_seen or deep or record.backward_gain is not None
         self.signals_seen = self.signals_seen or any(layer.forward_rms is not None for layer in record.layers)
-        self.layers = {layer.name: _latest(layer, self.layers.get(layer.name)) for layer in record.layers}
+        self.layers = {layer.name: latest(layer, self.layers.get(layer.name)) for layer in record.layers}
         news = []
         for rule in list(self.rules):
             try:
@@ -144,7 +145,7 @@ class Judgement:
             key=lambda f: (-f.severity.rank, f.first_step, rank.get(str(f.condition), len(rank))),
         )
         return HealthReport(
-            findings=tuple(_causes_first(findings)),
+            findings=tuple(_with(f, healed=self._healed(f)) for f in _causes_first(findings)),
             layers=tuple(self.layers.values()),
             step=self.step,
             steps=self.steps,
@@ -155,6 +156,13 @@ class Judgement:
             notes=tuple(notes),
             unwatched=tuple(f"{what}, {since}" for what, since in self.unwatched.items()),
         )
+
+    def _healed(self, finding: Finding) -> tuple[str, ...]:
+        """The layers of a finding of which none of its rules says so any more; of a rule that is gone, none."""
+        rules = [rule for rule in self.rules if str(rule.condition) == str(finding.condition)]
+        over = [set(rule.over(finding.layers)) for rule in rules]
+        healed = set.intersection(*over) if over else set()
+        return tuple(layer for layer in finding.layers if layer in healed)
 
     def _rule_keys(self) -> list[tuple[str, Rule]]:
         """A key for each rule that is the same in the next run: its class, its condition, its number."""
@@ -244,23 +252,6 @@ def _is_grave(finding: Finding) -> bool:
     """Whether a finding can be the cause of others; of dead units only those of a layer that lets nothing through."""
     least = Severity.CRITICAL if finding.condition == "dead_units" else Severity.WARNING
     return finding.severity.rank >= least.rank
-
-
-def _latest(new: LayerStats, old: LayerStats | None) -> LayerStats:
-    """The last that is known of a layer: what this record did not measure stays as it was."""
-    if old is None:
-        return new
-    if new.optimizer is None:
-        return old
-    kept = {name: getattr(old, name) for name in _PROBED if getattr(new, name) in (None, "", (), 0)}
-    if new.weight_norm is not None:  # undefined, if it was probed now
-        kept = {name: value for name, value in kept.items() if name not in _WEIGHTS}
-    return new.changed(**kept) if kept else new
-
-
-_WEIGHTS = ("weight_norm", "grad_to_weight", "update_to_weight", "applied_norm")
-_SIGNALS = ("forward_rms", "forward_mean", "backward_rms", "forward_gain", "backward_gain", "forward_histogram")
-_PROBED = (*_WEIGHTS, *_SIGNALS, "activation", "units", "full_fraction", "dead_fraction", "saturated_fraction")
 
 
 def _with(finding: Finding, **changes: Any) -> Finding:

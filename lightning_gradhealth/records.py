@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradhealth.flows import SignalChain, TemporalFlow
+from lightning_gradhealth.messages import printable
 from lightning_gradhealth.ratios import fitted_gain, median
 from lightning_gradhealth.serial import Record
 
@@ -78,7 +79,7 @@ def _number(value: float | None) -> str:
 
 @dataclass(frozen=True, repr=False)
 class LayerStats(Record):
-    """What was measured of one layer; None means not measured or undefined.
+    """What was measured of one layer; None means not measured or undefined, 0 that 0 was measured.
 
     Attributes:
         name: The layer's name, without the prefixes that wrappers add.
@@ -105,17 +106,19 @@ class LayerStats(Record):
         forward_gain: `forward_rms` over that of the point before it through which all of its signal comes.
         backward_gain: `backward_rms` of that point over its own: what the gradient is multiplied by on its way back.
         activation: What its output goes into, where that can die or saturate: "relu", "tanh", "attention", ... or "".
-        units: Number of the units of that activation (0: not known).
+        units: Number of the units of that activation.
         dead_fraction: Share of the units of that activation that were active in none of at least 256 samples.
         full_fraction: Share of its units that all of these samples made active.
         saturated_fraction: Share of its units whose derivative is on average below 5 % of its greatest.
         forward_histogram: Elements of its output by magnitude, at most 512 of them: 32 bins, each a factor of 4,
-            from 2^-32 on; what is smaller or larger is in the first or last.
+            from 2^-32 on; what is smaller or larger is in the first or last. Empty: not measured.
         optimizer: Index of the optimizer that steps it, the first of several (None: none does).
 
     Example:
         >>> LayerStats("net.0", grad_norm=0.5, norm_ratio=1.0)
         LayerStats(net.0: grad_norm=0.5, norm_ratio=1)
+        >>> LayerStats("net.2", grad_norm=0.0, dead_fraction=0.0)  # 0 was measured; what was not is left out
+        LayerStats(net.2: grad_norm=0, dead_fraction=0)
     """
 
     name: str
@@ -143,7 +146,7 @@ class LayerStats(Record):
     forward_gain: float | None = None
     backward_gain: float | None = None
     activation: str = ""
-    units: int = 0
+    units: int | None = None
     dead_fraction: float | None = None
     full_fraction: float | None = None
     saturated_fraction: float | None = None
@@ -153,9 +156,9 @@ class LayerStats(Record):
         shown = ", ".join(
             f"{f.name}={_number(value) if isinstance(value, float) else value}"
             for f in fields(self)
-            if f.name not in ("name", "numel") and (value := getattr(self, f.name)) not in (None, 0, (), False, "")
+            if f.name not in ("name", "numel") and (value := getattr(self, f.name)) != f.default
         )
-        return f"LayerStats({self.name}: {shown})"
+        return f"LayerStats({printable(self.name)}: {shown})"
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class StepStats(Record):
         loss: The training loss of the step, or None where it is not known.
         non_finite: A gradient had a NaN or Inf.
         overflow: The loss scaler met one and skips the step, as it does now and then.
-        skipped: The step was skipped, by `on_non_finite`.
+        skipped: The step was skipped, by `on_non_finite`; None where nothing skips.
         origin: Where a NaN or Inf came from, where that was looked into.
         clip_coefficient: Total norm after the session's clipping over that before; None where nothing clips, or it
             is not one factor.
@@ -192,7 +195,7 @@ class StepStats(Record):
     non_finite: bool = False
     overflow: bool = False
     learning_rate: float | None = None
-    skipped: bool = False
+    skipped: bool | None = None
     origin: str = ""
     clip_coefficient: float | None = None
     clipped: bool | None = None
@@ -202,18 +205,44 @@ class StepStats(Record):
     applied_norm: float | None = None
 
 
+@dataclass(frozen=True)
+class StepCounts(Record):
+    """Counts over steps whose own entries are no longer kept.
+
+    Attributes:
+        steps: How many optimizer steps.
+        non_finite: Of them those at which a gradient was NaN or Inf.
+        clipped: Those whose gradients were clipped.
+        skipped: Those that were skipped.
+        would_clip: The smallest coefficient of a dry run; None where there was none.
+
+    Example:
+        >>> StepCounts(steps=2).clipped
+        0
+    """
+
+    steps: int = 0
+    non_finite: int = 0
+    clipped: int = 0
+    skipped: int = 0
+    would_clip: float | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class StepRecord(Record):
-    """What was measured up to one logged step.
+    """What was measured up to one logged step, in all steps since the previous one.
+
+    The total norm of a step is the L2 norm of all gradients that one optimizer is about to apply, before any clipping.
 
     Attributes:
         step: The loggers' x value of the last optimizer step of the window.
-        total_norm: L2 norm over all layers' gradients at their last step.
-        total_norm_max: The largest finite total norm of the window (spikes between two logs are never lost).
-        applied_norm: The same of what the optimizers were given, after all clipping, at the last probed step.
+        total_norm: The total norm of the last step; of several optimizers, the largest of their last ones.
+        total_norm_max: The largest finite total norm of any step of the window, whichever optimizer's it was: never
+            below a finite `total_norm`, and a spike between two logs is never lost.
+        applied_norm: As total_norm, of what the optimizers were given after all clipping, at their last probed steps.
         clip_coefficient: The smallest factor that clipping applied in the window; None where nothing clips.
         layers: One entry a layer, in order of first use in the forward pass.
-        window: One entry an optimizer step since the previous record.
+        window: One entry an optimizer step since the previous record, at most the last 1,024.
         probed: Weight norms and updates were measured in this window.
         backward_gain: Fitted gain per layer of the backward signal over the main chain, or by the biases' gradients
             where signals are not measured (None: neither is).
@@ -221,6 +250,7 @@ class StepRecord(Record):
         chains: The main chain of each forward pass that was probed, one an optimizer.
         temporal: Gradient through time of recurrent layers, by name (`temporal=True`).
         first_non_finite: The module whose output was the first with a NaN or Inf, at the probed step.
+        before: Counts over the steps of a longer window that come before those in `window`.
 
     Example:
         >>> StepRecord(step=9, total_norm=2.0)
@@ -240,19 +270,31 @@ class StepRecord(Record):
     chains: tuple[SignalChain, ...] = ()
     temporal: dict[str, TemporalFlow] = field(default_factory=dict)
     first_non_finite: str = ""
+    before: StepCounts = field(default_factory=StepCounts)
 
     def __repr__(self) -> str:
         return f"StepRecord(step={self.step}, total_norm={_number(self.total_norm)}, layers={len(self.layers)})"
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps that the record covers."""
+        return self.before.steps + len(self.window)
+
+    @property
     def non_finite_steps(self) -> int:
         """Steps of the window at which a gradient was NaN or Inf."""
-        return sum(step.non_finite for step in self.window)
+        return self.before.non_finite + sum(step.non_finite for step in self.window)
 
     @property
     def clipped_steps(self) -> int:
         """Steps of the window whose gradients were clipped."""
-        return sum(bool(step.clipped) for step in self.window)
+        return self.before.clipped + sum(bool(step.clipped) for step in self.window)
+
+    @property
+    def would_clip(self) -> float | None:
+        """The smallest coefficient of a dry run in the window; None where there was none."""
+        known = [self.before.would_clip, *(step.would_clip for step in self.window)]
+        return min((value for value in known if value is not None), default=None)
 
     @property
     def clips(self) -> bool:
@@ -262,7 +304,12 @@ class StepRecord(Record):
     @property
     def skipped_steps(self) -> int:
         """Steps of the window that were skipped."""
-        return sum(step.skipped for step in self.window)
+        return self.before.skipped + sum(bool(step.skipped) for step in self.window)
+
+    @property
+    def skips(self) -> bool:
+        """Whether `on_non_finite` may skip a step at all."""
+        return any(step.skipped is not None for step in self.window)
 
     @property
     def armed(self) -> bool | None:
@@ -301,6 +348,7 @@ class Finding(Record):
         remedy: What to do, in words.
         code: The same in one line or two that run when pasted, where that can be done; of the names `model`,
             `optimizer`, `trainer_arguments` (a dict of the Trainer's), `health_arguments` (GradHealth's) and `batch`.
+        healed: Those of `layers` in which it no longer holds.
 
     Example:
         >>> finding = Finding("loss_spike", Severity.WARNING, (), 7, 7, "loss 40 after 2", {"loss": 40.0},
@@ -318,6 +366,7 @@ class Finding(Record):
     evidence: dict[str, Any] = field(default_factory=dict)
     remedy: str = ""
     code: str = ""
+    healed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.condition in Condition._value2member_map_:

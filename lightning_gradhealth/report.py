@@ -43,8 +43,8 @@ def layer_state(layer: LayerStats, findings: tuple[Finding, ...]) -> tuple[str, 
     """
     if layer.frozen:
         return "frozen", Severity.INFO
-    concerned = [finding for finding in findings if layer.name in finding.layers]
-    if concerned:
+    hit = [finding for finding in findings if layer.name in finding.layers]
+    if concerned := [finding for finding in hit if layer.name not in finding.healed]:
         worst = max(concerned, key=lambda finding: finding.severity.rank)
         return str(worst.condition).replace("_", " "), worst.severity
     if layer.grad_norm is not None and not math.isfinite(layer.grad_norm):
@@ -53,7 +53,7 @@ def layer_state(layer: LayerStats, findings: tuple[Finding, ...]) -> tuple[str, 
         return "not in an optimizer", Severity.INFO
     if layer.grad_norm is None:
         return "no gradient", Severity.INFO
-    return "ok", Severity.INFO
+    return "recovered" if hit else "ok", Severity.INFO
 
 
 _COLUMNS: tuple[tuple[str, Callable[[LayerStats], float | None]], ...] = (
@@ -109,7 +109,7 @@ def render_health(report: HealthReport) -> RenderableType:
         table.add_column("state")
         for layer, row in zip(report.layers, _rows(report), strict=True):
             severity = layer_state(layer, report.findings)[1]
-            style = "dim" if layer.frozen else ("" if row[-1] == "ok" else _COLOURS[severity])
+            style = "dim" if layer.frozen else ("" if row[-1] in ("ok", "recovered") else _COLOURS[severity])
             table.add_row(*(Text(cell, style=style) for cell in row))
         parts.append(table)
     if report.trend:

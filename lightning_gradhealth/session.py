@@ -18,6 +18,7 @@ from lightning_gradhealth.gradients import Clip, Decision, GradientMonitor
 from lightning_gradhealth.gradients.monitor import CAPACITY
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import LayersSpec, UseRecorder, check_model
+from lightning_gradhealth.merging import merged
 from lightning_gradhealth.messages import reason_of, say
 from lightning_gradhealth.norms import read_once
 from lightning_gradhealth.records import Condition, Finding, HealthReport, Severity, StepRecord
@@ -123,6 +124,7 @@ class HealthSession:
         self._order_complete = True
         self._losses: Tensor | float | None = None
         self._last = StepRecord(step=-1)
+        self._unlogged: StepRecord | None = None  # what has been read since the last flush
         self.notes: list[str] = []
         self._latest = self.judgement  # or its copy that has seen a window that is not over yet
         self._told: set[tuple[str, str]] = set()
@@ -157,7 +159,7 @@ class HealthSession:
             _check_loss(loss)
         self._settle_order()
         if len(self.monitor.rows) >= CAPACITY:
-            self.flush()
+            self._take_in()
         probed = self._is_probed(self.monitor.steps_of(optimizer))
         decision = self.monitor.observe(optimizer, step=step, grad_scaler=grad_scaler, exact=probed, probe=probed)
         self.response.judge(decision)
@@ -269,21 +271,33 @@ class HealthSession:
     # --- at the logging cadence ---
 
     def flush(self) -> StepRecord:
-        """Read everything since the last flush in one transfer, judge it, and return the latest record.
+        """Read everything since the last flush in one transfer, judge it, and return it as one record.
 
         Returns:
-            The record of the last step; the previous one where nothing was observed since.
+            One record of all steps since the last flush: their counts and extremes, and the last of what was measured
+            more than once; the previous one where nothing was observed since.
         """
+        self._take_in()
+        if self._unlogged is not None:
+            self._last, self._unlogged = self._unlogged, None
+        return self._last
+
+    def _take_in(self) -> None:
+        """Read and judge what waits on the device, and keep one record of it for the next flush."""
         rows = list(self.monitor.rows)
         records = self._records()
         self.monitor.rows.clear()
         self._readings.clear()
         for record in records:
             self._tell(self.judgement.add(record))
-        self._last = records[-1] if records else self._last
+        self._unlogged = self._gathered(records)
         self._latest = self.judgement
         self.response.review(zip(rows, (step for record in records for step in record.window), strict=True))
-        return self._last
+
+    def _gathered(self, records: Sequence[StepRecord]) -> StepRecord | None:
+        """One record of what has been read since the last flush, and of some more; None where there is nothing."""
+        known = [*([] if self._unlogged is None else [self._unlogged]), *records]
+        return merged(known) if known else None
 
     def _records(self) -> list[StepRecord]:
         """What waits on the device, read in one transfer: gradients and signals of each window."""
@@ -308,11 +322,11 @@ class HealthSession:
         """Judge a window that is not over yet, on a copy, so that a resumed run equals an unbroken one.
 
         Returns:
-            The record of the last step observed.
+            One record of all steps since the last flush; the previous one where nothing was observed since.
         """
         self._latest, records = self._peek()
         self._tell(self._latest.findings.values())
-        return records[-1] if records else self._last
+        return self._gathered(records) or self._last
 
     def _peek(self) -> tuple[Judgement, list[StepRecord]]:
         """The judgement, or a copy of it that has seen the pending window too, and that window's records."""
@@ -338,6 +352,11 @@ class HealthSession:
     def active_findings(self) -> int:
         """Number of conditions above info that held at the last flush or conclusion."""
         return self._latest.active
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything has been observed since the last flush."""
+        return bool(self.monitor.rows) or self._unlogged is not None
 
     def observed(self, step: int) -> bool:
         """Whether a step with this x value has been observed since the last flush."""
@@ -393,6 +412,7 @@ class HealthSession:
             "signals": self.signals.state_dict(),
             "readings": [reading.state_dict() for reading in self._readings],
             "losses": self._losses,
+            "unlogged": None if self._unlogged is None else self._unlogged.to_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -422,6 +442,8 @@ class HealthSession:
         self._set_due()
         self._resumed_at = self.judgement.step
         self._losses = state["losses"]
+        unlogged = state.get("unlogged")
+        self._unlogged = None if unlogged is None else StepRecord.from_dict(unlogged)
         self._told = {(f.condition, f.severity) for f in self.judgement.findings.values()}
 
 

@@ -47,8 +47,11 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
     """The scalars of a record under their names; values that were not measured or are not finite are left out.
 
     Example:
-        >>> scalars(StepRecord(step=1, total_norm=2.0), 0)
-        {'gradhealth/total_norm': 2.0, 'gradhealth/non_finite_steps': 0.0, 'gradhealth/findings': 0.0}
+        >>> for name, value in scalars(StepRecord(step=1, total_norm=2.0), 0).items():
+        ...     print(name, value)
+        gradhealth/total_norm 2.0
+        gradhealth/non_finite_steps 0.0
+        gradhealth/findings 0.0
 
     What clipping did comes with it where something clips: `applied_norm` (the norm that the optimizer was given),
     `clip_coefficient`, `clipped_fraction` (share of the window's steps), `armed` (the gate of adaptive clipping) and
@@ -67,7 +70,7 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
         "saturated_fraction_max": _largest(layer.saturated_fraction for layer in record.layers),
         "update_to_weight": record.update_to_weight_median,
         "non_finite_steps": float(record.non_finite_steps),
-        "skipped_steps": float(record.skipped_steps) or None,
+        "skipped_steps": float(record.skipped_steps) if record.skips else None,
         "findings": float(active_findings),
     }
     values |= _clipping(record)
@@ -86,12 +89,11 @@ def _clipping(record: StepRecord) -> dict[str, float | None]:
     """What the session's clipping did in the window; nothing where there is none."""
     if not record.clips:
         return {}
-    would = [step.would_clip for step in record.window if step.would_clip is not None]
     return {
         "clip_coefficient": record.clip_coefficient,
-        "clipped_fraction": record.clipped_steps / len(record.window),
+        "clipped_fraction": record.clipped_steps / record.steps,
         "armed": None if record.armed is None else float(record.armed),
-        "would_clip": min(would, default=None),
+        "would_clip": record.would_clip,
     }
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lightning_gradhealth.gradients.flags import FLAGS
 from lightning_gradhealth.gradients.rows import Floats, HostRow
 from lightning_gradhealth.layers import Layout
+from lightning_gradhealth.merging import last_norm
 from lightning_gradhealth.ratios import fitted_gain, norm_ratios
 from lightning_gradhealth.records import LayerStats, StepRecord, StepStats
 
@@ -33,8 +34,6 @@ def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> St
     for row in rows:
         table.add(row)
     layers = _layers(layout, table, missing)
-    totals = {row.row.optimizer: total for row in rows if (total := row.total_norm) is not None}
-    applied = {row.row.optimizer: norm for row in rows if (norm := row.applied_norm) is not None}
     window = tuple(_step(row) for row in rows)
     finite = [s.total_norm for s in window if s.total_norm is not None and math.isfinite(s.total_norm)]
     chains: dict[int, list[float]] = {}
@@ -44,9 +43,9 @@ def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> St
     gains = [gain for chain in chains.values() if (gain := fitted_gain(chain)) is not None]
     return StepRecord(
         step=rows[-1].step,
-        total_norm=math.hypot(*totals.values()) if totals else None,
+        total_norm=last_norm(window, "total_norm"),
         total_norm_max=max(finite, default=None),
-        applied_norm=math.hypot(*applied.values()) if applied else None,
+        applied_norm=last_norm(window, "applied_norm"),
         clip_coefficient=min((s.clip_coefficient for s in window if s.clip_coefficient is not None), default=None),
         layers=layers,
         window=window,
@@ -74,7 +73,7 @@ def _step(row: HostRow) -> StepStats:
         non_finite=not row.overflow and not bool(np.isfinite(row.norms).all()),
         overflow=row.overflow,
         learning_rate=max((rate for rate in row.row.rates if rate is not None), default=None),
-        skipped=row.skipped,
+        skipped=None if row.row.skip is None else row.skipped,
         origin=row.row.origin,
         clip_coefficient=flags["coefficient"],
         clipped=_flag(flags["clipped"]),

@@ -20,6 +20,7 @@ from lightning_gradhealth.gradients.optimizers import bare, check_optimizer, che
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
 from lightning_gradhealth.layers import LayersSpec, Layout
+from lightning_gradhealth.merging import merged
 from lightning_gradhealth.norms import norms, norms_or_zero, read_once
 from lightning_gradhealth.records import StepRecord
 from lightning_gradhealth.sharding import Sharding, local, reduced, sum_over_ranks
@@ -362,11 +363,11 @@ class GradientMonitor:
         """Read everything since the last flush in one transfer, and start a new window.
 
         Returns:
-            The record of the last step observed; `StepRecord(step=-1)` where there was none.
+            One record of all steps since the last flush, 1,024 at most; `StepRecord(step=-1)` where there was none.
         """
         records = self.records(read_once(self.pending()))
         self.rows.clear()
-        return records[-1] if records else StepRecord(step=-1)
+        return merged(records) if records else StepRecord(step=-1)
 
     # --- state ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -215,6 +215,16 @@ class Rule:
             remedy=verdict.remedy,
             code=verdict.code,
         )
+
+    def over(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """Those of some layers with a finding of this rule for which it no longer holds.
+
+        Args:
+            layers: Names of layers.
+        """
+        if not self.active:
+            return tuple(layers)
+        return tuple(layer for layer in layers if layer not in self._streaks) if self.per_layer else ()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rule remembers, as primitives, lists and dicts."""

@@ -139,7 +139,7 @@ class NonFinite(Rule):
         account = self.memory.get("account") or self._first_account(record, bad)
         self.memory["account"] = account
         account["steps"] += len(bad)
-        account["skipped"] += sum(step.skipped for step in bad)
+        account["skipped"] += sum(bool(step.skipped) for step in bad)
         account["origin"] = account["origin"] or next((step.origin for step in bad if step.origin), "")
         origin, skipped = account["origin"] or account["seen"], account["skipped"]
         where = account["where"]
