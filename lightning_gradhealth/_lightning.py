@@ -67,14 +67,30 @@ def called_through(trainer: pl.Trainer, module: pl.LightningModule) -> frozenset
     return frozenset() if wrapped is None or wrapped is module else frozenset((wrapped, module))
 
 
-def rerun(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Callable[[], Any] | None:
-    """A function that runs `training_step` on a batch again; None where that would do more than a forward pass."""
-    if not module.automatic_optimization or "dataloader_iter" in signature(module.training_step).parameters:
-        return None
+def no_rerun(module: pl.LightningModule) -> str:
+    """Why `training_step` cannot be run again: it would do more than a forward pass; empty where it can."""
+    if not module.automatic_optimization:
+        return "manual optimization: training_step would step the optimizers"
+    if "dataloader_iter" in signature(module.training_step).parameters:
+        return "training_step takes dataloader_iter: a batch cannot be run twice"
+    return ""
+
+
+def rerun(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Callable[[], Any], batch_idx: int
+) -> Callable[[], Any]:
+    """A function that runs `training_step` on a batch again, where nothing speaks against it (`no_rerun`).
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        batch: Gives the batch as it was.
+        batch_idx: Its number.
+    """
     counted = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)  # as Lightning decides it
-    arguments = (batch, batch_idx) if counted else (batch,)
 
     def run() -> Any:
+        arguments = (batch(), batch_idx) if counted else (batch(),)
         with trainer.precision_plugin.train_step_context():
             if any(map(is_sharded, module.parameters())):  # through the wrapper, which gathers the weights
                 return trainer.strategy.training_step(*arguments)
@@ -85,13 +101,8 @@ def rerun(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx
 
 def no_preflight(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     """Why a batch cannot be run before the first step; empty where it can. Ranks answer alike."""
-    if not module.automatic_optimization:
-        return "manual optimization: training_step would step the optimizers"
-    if "dataloader_iter" in signature(module.training_step).parameters:
-        return "training_step takes dataloader_iter: a batch cannot be run twice"
-    if any(map(is_sharded, module.parameters())):
-        return "the parameters are sharded over ranks"
-    return ""
+    sharded = any(map(is_sharded, module.parameters()))
+    return no_rerun(module) or ("the parameters are sharded over ranks" if sharded else "")
 
 
 def loss_scale(trainer: pl.Trainer) -> float:

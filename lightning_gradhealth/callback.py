@@ -24,6 +24,7 @@ from lightning_gradhealth.response import OnNonFinite
 from lightning_gradhealth.rules import Rule, Thresholds
 from lightning_gradhealth.session import DEFAULT_CADENCE, NO_LOSS, HealthSession
 from lightning_gradhealth.sinks import LoggerSink, LogLayers
+from lightning_gradhealth.trees import KeptBatch
 from lightning_gradhealth.validation import check_flag, check_type, wrong
 
 log = logging.getLogger("lightning_gradhealth")
@@ -226,8 +227,8 @@ class GradHealth(Callback):
             return
 
         def run() -> Any:
-            step = _lightning.rerun(trainer, pl_module, copied(batch), batch_idx)
-            return of_step(step() if step is not None else None, type(pl_module).__name__)
+            step = _lightning.rerun(trainer, pl_module, lambda: copied(batch), batch_idx)
+            return of_step(step(), type(pl_module).__name__)
 
         try:
             self.preflight_report = examine(
@@ -249,9 +250,11 @@ class GradHealth(Callback):
     def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep what it takes to run this batch again, if a NaN is to be traced to its origin."""
         if self._session is not None and self.on_non_finite != "warn":
-            rerun = _lightning.rerun(trainer, pl_module, batch, batch_idx)
-            if rerun is not None:
-                self._session.response.remember(rerun)
+            response = self._session.response
+            response.no_rerun = _lightning.no_rerun(pl_module)
+            if not response.no_rerun:
+                kept = KeptBatch(batch)
+                response.remember(_lightning.rerun(trainer, pl_module, kept.fresh, batch_idx), kept)
 
     @_never_fatal
     def on_before_optimizer_step(

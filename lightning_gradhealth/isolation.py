@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from lightning_gradhealth.sharding import is_sharded
+
+# what a model may hold but does not remember by: the loop around it, files, locks, code
+_FOREIGN = frozenset(
+    {
+        *(sys.stdlib_module_names - {"collections", "types", "argparse"}),
+        *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradhealth", "torchmetrics"),
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +91,14 @@ def _device_state(device: torch.device) -> Tensor:
 
 
 class _Memory:
-    """Everything that modules remember: attributes, buffers, states of metrics, and lists and dicts of these.
+    """Everything that modules remember: attributes, buffers, states of metrics, lists and dicts of these, and objects.
 
-    The state of torchmetrics is a plain attribute, so that metrics need nothing of their own. Parameters are kept
-    by identity: a forward and backward pass does not write into them.
+    The state of torchmetrics is a plain attribute, so that metrics need nothing of their own. Of parameters the values
+    are kept only if `weights` is set: most forward passes do not write into them, and a copy takes as much memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: bool) -> None:
+        self._weights = weights
         self._undo: list[Callable[[], object]] = []
         self._seen: dict[int, object] = {}  # the objects themselves, so that no id is given out twice
         self._open: list[object] = [model]
@@ -119,18 +132,66 @@ class _Memory:
             self._keep_parameter(value)
         elif isinstance(value, Tensor):
             self._keep_tensor(value)
-        elif isinstance(value, dict):
+        elif isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+            self._keep_generator(value)
+        elif isinstance(value, (dict, list, deque, set, tuple, frozenset)):
+            self._keep_collection(value)
+        elif isinstance(value, (np.ndarray, bytearray)):
+            self._keep_array(value)
+        elif _is_plain(value):
+            self._keep_object(value)
+
+    def _keep_generator(
+        self, value: torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+    ) -> None:
+        if isinstance(value, np.random.Generator):
+            bits, place = value.bit_generator, value.bit_generator.state
+            self._undo.append(lambda: setattr(bits, "state", place))
+        elif isinstance(value, random.Random):
+            drawn = value.getstate()
+            self._undo.append(lambda: value.setstate(drawn))
+        else:
+            state: Any = value.get_state()
+            self._undo.append(lambda: value.set_state(state))
+
+    def _keep_collection(self, value: Any) -> None:
+        if isinstance(value, dict):
             self._keep_dict(value)
         elif isinstance(value, (list, deque)):
             self._keep_sequence(value)
         elif isinstance(value, set):
             members = set(value)
             self._undo += [lambda: value.intersection_update(members), lambda: value.update(members)]
-        elif isinstance(value, (tuple, frozenset)):
+        elif isinstance(value, tuple):
+            self._open.extend(tuple.__iter__(value))  # a class of its own may refuse len(), which += asks for
+        else:
             self._open += value
-        elif isinstance(value, torch.Generator):
-            state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
+
+    def _keep_array(self, value: np.ndarray[Any, Any] | bytearray) -> None:
+        """The elements, where they can be written; objects among them are kept as well."""
+        if isinstance(value, bytearray):
+            content = bytes(value)
+            self._undo.append(lambda: value.__setitem__(slice(None), content))
+        elif value.flags.writeable:
+            kept = value.copy()
+            self._undo.append(lambda: np.copyto(value, kept))
+            self._open += list(kept.flat) if value.dtype == object else []
+
+    def _keep_object(self, value: object) -> None:
+        """The attributes of an object of a class of the user's: a replay buffer, running statistics, a counter."""
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._open.append(attributes)
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                member = kind.__dict__.get(name)
+                if hasattr(member, "__set__") and hasattr(value, name):
+                    self._keep_slot(value, member, getattr(value, name))
+
+    def _keep_slot(self, value: object, member: Any, kept: object) -> None:
+        self._open.append(kept)
+        self._undo.append(lambda: member.__set__(value, kept))
 
     def _keep_parameter(self, parameter: nn.Parameter) -> None:
         if is_lazy(parameter):
@@ -142,23 +203,27 @@ class _Memory:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
+        if self._weights and not is_sharded(parameter):  # shards are moved about by the strategy itself
+            self._keep_tensor(parameter)
         self._undo.append(undo)
 
     def _keep_tensor(self, tensor: Tensor) -> None:
         with torch.no_grad():
             alias = tensor.data  # its own version counter: a graph that has saved the tensor stays valid
+            strided = tensor.layout is torch.strided
             # elements that share memory cannot be written in place, by nobody
-            shared = tensor.layout is not torch.strided or any(
+            shared = not strided or any(
                 step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
             )
-            copy = None if shared else alias.clone()
+            copy = None if shared else _cloned(alias)
 
         def undo() -> None:
             # what validation leaves in a metric is an inference tensor: it can be written in its own mode only
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 if copy is not None:
                     alias.copy_(copy)
-                if (tensor.shape, tensor.dtype, tensor.device) != (alias.shape, alias.dtype, alias.device):
+                same_type = (tensor.shape, tensor.dtype, tensor.device) == (alias.shape, alias.dtype, alias.device)
+                if not same_type or (strided and not tensor.is_set_to(alias)):  # `tensor.data = ...`
                     tensor.data = alias
 
         self._undo.append(undo)
@@ -197,22 +262,44 @@ class _Memory:
             self._undo.append(lambda part=part, flag=flag: setattr(part, "training", flag))  # type: ignore[misc]
 
 
+def _cloned(tensor: Tensor) -> Tensor:
+    """A copy, on the host where the device has no room for it."""
+    try:
+        return tensor.clone()
+    except torch.OutOfMemoryError:
+        return tensor.to("cpu", copy=True)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an object may be one that a model counts or collects in: of a class that no framework has made.
+
+    What derives from a class of Lightning's or torch's (callbacks, optimizers, datasets, loggers) belongs to the loop.
+    """
+    kind = type(value)
+    if kind.__module__ == "builtins" or issubclass(kind, (type, enum.Enum)):
+        return False
+    return not any(base.__module__.partition(".")[0] in _FOREIGN for base in kind.__mro__[:-1] if base.__module__)
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     """Stand in for `log` and `log_dict`."""
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, silent: bool = False) -> Iterator[None]:
+def undisturbed(model: nn.Module, *, silent: bool = False, weights: bool = False) -> Iterator[None]:
     """Whatever runs inside, on exit the model and the random state are what they were, bit for bit.
 
-    Restored: random state; buffers, tensors and other attributes of all modules (the same tensor objects), with
-    the lists, dicts and sets among them, so the state of metrics too; training flags; `.grad` (None inside, and the
-    same tensors afterwards) and `requires_grad` of every parameter; grad mode and autocast. Not restored: the values
-    of parameters, and objects of other classes that a module holds (a trainer, an optimizer).
+    Restored: random state; buffers, tensors and other attributes of all modules (the same tensor objects in the same
+    memory), with the lists, dicts, sets, arrays and objects among them, so the state of metrics too; training flags;
+    `.grad` (None inside, and the same tensors afterwards) and `requires_grad` of every parameter; grad mode and
+    autocast. Not restored: what belongs to the loop around the model (a trainer, an optimizer, a dataset, a file).
 
     Args:
         model: Any module.
         silent: `log` and `log_dict` of a LightningModule do nothing inside.
+        weights: Restore the values of parameters, too, which a forward pass may write: a teacher that follows its
+            student, data-dependent initialisation, an embedding with max_norm. It takes a copy of them; shards of
+            parameters are left out.
 
     Raises:
         ValueError: The model has lazy parameters.
@@ -228,7 +315,7 @@ def undisturbed(model: nn.Module, *, silent: bool = False) -> Iterator[None]:
     autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
     cache, grad_mode = torch.is_autocast_cache_enabled(), torch.is_grad_enabled()
     state = RandomState.now()
-    memory = _Memory(model)
+    memory = _Memory(model, weights)
     try:
         if silent:
             for module in model.modules():

@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from lightning_gradhealth import sharding
 from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import clean_name, is_compiled, unwrap
+from lightning_gradhealth.messages import reason_of
 from lightning_gradhealth.trees import tensors
 
 SHOWN = 3
@@ -97,12 +98,12 @@ def find_origin(
     """
     model = unwrap(model)
     try:
-        with undisturbed(model, silent=True):
+        with undisturbed(model, silent=True, weights=True):
             if random is not None:
                 random.restore()
             return _Search(model, backward).run(rerun, batch)
     except Exception as error:  # a diagnosis must not end the run that it is made for
-        return _unknown(f"the rerun failed: {type(error).__name__}: {error}")
+        return _unknown(f"the rerun failed: {reason_of(error)}")
 
 
 @dataclasses.dataclass(eq=False)

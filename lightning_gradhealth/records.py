@@ -174,6 +174,7 @@ class StepStats(Record):
         overflow: The loss scaler met one and skips the step, as it does now and then.
         skipped: The step was skipped, by `on_non_finite`; None where nothing skips.
         origin: Where a NaN or Inf came from, where that was looked into.
+        origin_unknown: Why that was not found out.
         clip_coefficient: Total norm after the session's clipping over that before; None where nothing clips, or it
             is not one factor.
         clipped: The session's clipping changed the gradients; None where nothing clips.
@@ -197,6 +198,7 @@ class StepStats(Record):
     learning_rate: float | None = None
     skipped: bool | None = None
     origin: str = ""
+    origin_unknown: str = ""
     clip_coefficient: float | None = None
     clipped: bool | None = None
     armed: bool | None = None

@@ -22,6 +22,7 @@ from lightning_gradhealth.layers import unwrap
 from lightning_gradhealth.origin import Origin, find_origin
 from lightning_gradhealth.records import StepStats
 from lightning_gradhealth.sharding import first_over_ranks, reshard
+from lightning_gradhealth.trees import KeptBatch
 from lightning_gradhealth.validation import check_choice
 
 OnNonFinite = Literal["warn", "skip", "raise", "stop"]
@@ -63,6 +64,7 @@ class Response:
 
     Attributes:
         stop: Why the fit should end; empty while it should not.
+        no_rerun: Why forward passes cannot be run again, where they cannot.
 
     Example:
         >>> Response(nn.Linear(1, 1), "skip", 25).stop
@@ -73,8 +75,9 @@ class Response:
         self.mode = check_on_non_finite(mode)
         self.limit = limit
         self.stop = ""
+        self.no_rerun = ""
         self._model = model
-        self._forwards: deque[tuple[Callable[[], Any], RandomState]] = deque(maxlen=KEPT_FORWARDS)
+        self._forwards: deque[tuple[Callable[[], Any], RandomState, KeptBatch | None]] = deque(maxlen=KEPT_FORWARDS)
         self._stepped = False
         self._in_a_row: dict[int, int] = {}
         self._searched: set[int] = set()  # optimizers whose last healthy step came before the last search
@@ -86,18 +89,19 @@ class Response:
 
     # --- what can be run again ---
 
-    def remember(self, rerun: Callable[[], Any]) -> None:
+    def remember(self, rerun: Callable[[], Any], batch: KeptBatch | None = None) -> None:
         """Keep a forward pass that is about to run, until the optimizer has stepped.
 
         Args:
             rerun: Runs it again, and returns the loss if there is one.
+            batch: What it is given.
         """
         if self.mode == "warn" or self._searching:
             return
         if self._stepped:
             self._forwards.clear()
             self._stepped = False
-        self._forwards.append((rerun, RandomState.now()))
+        self._forwards.append((rerun, RandomState.now(), batch))
 
     def remember_calls(self) -> None:
         """From now on, keep the arguments of each call of the model in training, for loops without a Trainer."""
@@ -112,24 +116,32 @@ class Response:
         if self._stepped:
             self._forwards.clear()
 
-    def _find_origin(self, sharded: bool) -> str:
-        """Run the forwards of this step again, on every rank, and say in words where it began.
+    def _find_origin(self, sharded: bool) -> tuple[str, str]:
+        """Run the forwards of this step again, on every rank: in words where it began, or else why nobody knows.
 
         Ranks do alike, for a forward or a backward pass may talk to the others: only where all forwards were finite
         on all ranks are the gradients followed back.
         """
-        self._searching, found = True, ""
-        for backward in (False,) if sharded else (False, True):
-            for rerun, random in self._forwards:
-                origin = self._search_again(rerun, random, backward)
-                found = found or (str(origin) if origin.phase else "")
-            found = first_over_ranks(found)
-            if found:
-                break
-        self._searching = False
-        return found
+        found, unknown = "", self.no_rerun or "no forward pass of this step was kept"
+        self._searching = True
+        try:
+            for backward in (False,) if sharded else (False, True):
+                for rerun, random, batch in self._forwards:
+                    origin = self._search_again(rerun, random, backward, batch)
+                    found = found or (str(origin) if origin.phase else "")
+                    unknown = origin.reason or "the rerun was finite"
+                    if batch is not None and batch.changed:
+                        unknown += "; the batch was written to in place, so that it cannot be run as it was"
+                found = first_over_ranks(found)
+                if found:
+                    break
+        finally:
+            self._searching = False
+        return found, "" if found else unknown
 
-    def _search_again(self, rerun: Callable[[], Any], random: RandomState, backward: bool) -> Origin:
+    def _search_again(
+        self, rerun: Callable[[], Any], random: RandomState, backward: bool, batch: KeptBatch | None
+    ) -> Origin:
         """Find the origin in one forward pass, which does run on this rank whatever is found before it."""
         ran = False
 
@@ -141,9 +153,10 @@ class Response:
             finally:
                 reshard(self._model)
 
-        origin = find_origin(self._model, run, backward=backward, random=random)
+        given = None if batch is None else batch.fresh()
+        origin = find_origin(self._model, run, backward=backward, random=random, batch=given)
         if not ran:  # the weights were to blame; but other ranks may have sound parts of them, and wait for this one
-            with contextlib.suppress(Exception), undisturbed(unwrap(self._model), silent=True):
+            with contextlib.suppress(Exception), undisturbed(unwrap(self._model), silent=True, weights=True):
                 run()
         return origin
 
@@ -186,8 +199,9 @@ class Response:
         if row.optimizer not in self._searched:
             self._search = 0
             self._searched.add(row.optimizer)
-            row.origin = self._find_origin(sharded)
-        what = f"gradients are NaN or Inf at step {row.step} ({row.origin or 'origin unknown'})"
+            row.origin, row.origin_unknown = self._find_origin(sharded)
+        unknown = f"origin unknown: {row.origin_unknown}" if row.origin_unknown else "origin unknown"
+        what = f"gradients are NaN or Inf at step {row.step} ({row.origin or unknown})"
         if self.mode == "raise":
             raise NonFiniteGradientError(f"{what}; the weights are those before that step. Remedy: {_REMEDY}")
         if self.mode == "stop":
@@ -294,15 +308,16 @@ class _Remembers:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._response is None or not module.training or not torch.is_grad_enabled():
             return
-        args, kwargs = tree_map(_without_graph, (args, kwargs))
+        kept = KeptBatch(tree_map(_without_graph, (args, kwargs)))
         kind = next((parameter.device.type for parameter in module.parameters()), "cpu")
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
         def rerun() -> Any:
+            given, named = kept.fresh()
             with torch.autocast(kind, dtype, enabled):
-                return module(*args, **kwargs)
+                return module(*given, **named)
 
-        self._response.remember(rerun)
+        self._response.remember(rerun, kept)
 
 
 def _without_graph(value: Any) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
-from collections import deque
+import threading
+from collections import Counter, deque
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +20,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from lightning_gradhealth import diagnose
 from lightning_gradhealth.isolation import RandomState, undisturbed
 
 
@@ -302,3 +306,199 @@ def test_training_goes_on_as_if_nothing_had_been() -> None:
     assert same(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
     assert results[0][2] == results[1][2]
+
+
+class Replay:
+    """A buffer of the user's, in a class that no framework knows."""
+
+    def __init__(self) -> None:
+        self.items: list[float] = []
+        self.count = 0
+
+    def __repr__(self) -> str:
+        return f"Replay({self.items}, {self.count})"
+
+
+class Slotted:
+    __slots__ = ("count", "last", "unset")
+
+    def __init__(self) -> None:
+        self.count, self.last = 0, [0.0]
+
+
+@dataclasses.dataclass
+class Statistics:
+    steps: int = 0
+    history: list[int] = dataclasses.field(default_factory=list)
+    inner: Replay = dataclasses.field(default_factory=Replay)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    table: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Refuses(tuple[int, ...]):
+    """A tuple that has no length, as the irreducible representations of e3nn."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class Collects(nn.Module):
+    """Counts in every way that a forward pass may count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.replay, self.slotted, self.statistics, self.frozen = Replay(), Slotted(), Statistics(), Frozen()
+        self.space = SimpleNamespace(count=0)
+        self.counter: Counter[str] = Counter()
+        self.array = np.zeros(3)
+        self.objects = np.array([Replay(), None], dtype=object)
+        self.bytes = bytearray(b"ab")
+        self.dice = random.Random(0)
+        self.numpy_dice = np.random.default_rng(0)
+        self.loop = self.replay
+        self.irreps = Refuses((1, 2))
+        self.circle = SimpleNamespace(owner=self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.replay.items.append(float(x.sum()))
+        self.replay.count += 1
+        self.slotted.count += 1
+        self.slotted.last.append(1.0)
+        self.slotted.last = [*self.slotted.last, 2.0]
+        self.statistics.steps += 1
+        self.statistics.history.append(1)
+        self.statistics.inner.items.append(1.0)
+        self.frozen.table["calls"] = self.frozen.table.get("calls", 0) + 1
+        self.space.count += 1
+        self.space.new = True
+        self.counter["calls"] += 1
+        self.array += 1.0
+        self.objects[0].count += 1
+        self.objects[1] = self.replay
+        self.bytes += b"c"
+        out: Tensor = self.layer(x) * (1 + self.dice.random() + self.numpy_dice.random())
+        return out
+
+    def picture(self) -> Any:
+        return copy.deepcopy(
+            [
+                [vars(part) for part in (self.replay, self.statistics, self.statistics.inner, self.frozen, self.space)],
+                [self.slotted.count, self.slotted.last, hasattr(self.slotted, "unset")],
+                [dict(self.counter), self.array.tolist(), vars(self.objects[0]), bytes(self.bytes)],
+                self.objects[1] is None,
+                [self.dice.getstate(), self.numpy_dice.bit_generator.state],
+            ]
+        )
+
+
+def test_objects_of_the_users_own_classes_are_as_before() -> None:
+    model = Collects()
+    model(torch.ones(2, 4))
+    kept = model.slotted.last
+    before = repr(model.picture())
+    with undisturbed(model):
+        model(torch.ones(2, 4))
+        assert repr(model.picture()) != before
+    assert repr(model.picture()) == before
+    assert model.slotted.last is kept
+    assert model.loop is model.replay
+
+
+def test_what_belongs_to_the_loop_is_left_alone() -> None:
+    """Optimizers, callbacks, datasets and loggers go on: a model may hold them, but does not remember by them."""
+
+    class Mine(pl.Callback):
+        count = 0
+
+    model = nn.Linear(2, 1)
+    vars(model)["optimizer"] = optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    vars(model)["callback"] = callback = Mine()
+    vars(model)["watch"] = threading.Event()
+    with undisturbed(model):
+        optimizer.param_groups[0]["lr"] = 0.5
+        callback.count = 3
+        vars(model)["watch"].set()
+    assert (optimizer.param_groups[0]["lr"], callback.count, vars(model)["watch"].is_set()) == (0.5, 3, True)
+
+
+class Writes(nn.Module):
+    """A forward pass that writes into parameters and buffers, in one of several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.layer = nn.Linear(4, 4)
+        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+        self.register_buffer("flag", torch.tensor(False))
+        self.register_buffer("queue", torch.randn(4, 8))
+        self.table = nn.Embedding(4, 4, max_norm=0.1)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        mean, queue, flag = self.teacher.weight, self.queue, self.flag
+        assert isinstance(queue, Tensor)
+        assert isinstance(flag, Tensor)
+        if self.how == "assign":
+            mean.data = 0.9 * mean.data + 0.1 * self.layer.weight.data
+            flag.data = torch.tensor(True)
+            queue.data = 2 * queue
+        elif self.how == "in place":
+            mean.mul_(0.9).add_(0.1 * self.layer.weight)
+            queue[:, :2] = 0.0
+        elif self.how == "through data":
+            mean.data.mul_(0.9)
+            queue.data.mul_(2)
+        else:
+            self.queue = queue[:, :3].clone()
+            flag.data = torch.ones(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.write()
+        out: Tensor = self.layer(x) + self.teacher(x) + self.table(torch.arange(len(x)) % 4)
+        return out
+
+
+@pytest.mark.parametrize("how", ["assign", "in place", "through data", "replace"])
+def test_parameters_and_memory_are_as_before(how: str) -> None:
+    model = Writes(how)
+    before = copy.deepcopy(model.state_dict())
+    memory = {name: value.untyped_storage().data_ptr() for name, value in model.state_dict().items()}
+    with undisturbed(model, weights=True):
+        model(torch.ones(8, 4)).sum().backward()
+        assert not same(list(model.state_dict().values()), list(before.values()))
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert same(list(after.values()), list(before.values()))
+    assert {name: value.untyped_storage().data_ptr() for name, value in after.items()} == memory
+
+
+@pytest.mark.parametrize("how", ["assign", "in place", "through data", "replace"])
+def test_diagnose_leaves_parameters_and_memory(how: str) -> None:
+    model = Writes(how)
+    before = copy.deepcopy(model.state_dict())
+    memory = {name: value.untyped_storage().data_ptr() for name, value in model.state_dict().items()}
+    diagnose(model, torch.ones(8, 4))
+    after = model.state_dict()
+    assert same(list(after.values()), list(before.values()))
+    assert {name: value.untyped_storage().data_ptr() for name, value in after.items()} == memory
+
+
+def test_weights_are_copied_to_the_host_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("no room")
+
+    model = Writes("in place")
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(Tensor, "clone", full)
+    memory = undisturbed(model, weights=True)
+    memory.__enter__()
+    monkeypatch.undo()
+    model(torch.ones(8, 4))
+    memory.__exit__(None, None, None)
+    assert same(list(model.state_dict().values()), list(before.values()))

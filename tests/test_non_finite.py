@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import logging
+from collections import UserDict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -403,7 +405,81 @@ def test_manual_optimization_skips_and_claims_nothing(fused: bool) -> None:
     assert same(model.state_dict(), twin.state_dict())
     (finding,) = health.report().findings
     assert "origin unknown" in finding.summary
+    if not fused:  # a fused optimizer takes the flag: nothing was searched yet
+        assert "(manual optimization: training_step would step the optimizers)" in finding.summary
     assert finding.severity is Severity.WARNING
+
+
+class Pops(Classifier):
+    """Takes its batch apart, as is usual for batches that are dicts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if isinstance(batch, SimpleNamespace):
+            x, labels = vars(batch).pop("x"), vars(batch).pop("labels")
+        else:
+            labels, x = batch.pop("labels"), batch["parts"].pop()
+        return super().training_step([x, labels], batch_idx)
+
+
+def wrapped(batch: Batch, kind: str) -> Any:
+    if kind == "object":
+        return SimpleNamespace(x=batch[0], labels=batch[1])
+    content = {"labels": batch[1], "parts": [batch[0]]}
+    return content if kind == "dict" else UserDict(content)
+
+
+@pytest.mark.parametrize("kind", ["dict", "UserDict", "object"])
+def test_a_batch_that_is_taken_apart_is_run_again_as_it_was(kind: str) -> None:
+    health = GradHealth(on_non_finite="skip", preflight=True)
+    fit(Pops(fragile(), Adam, lr=1e-2), [wrapped(batch, kind) for batch in data(12, bad=[6])], health)
+    assert health.report().findings[0].evidence["origin"] == ORIGIN
+    assert health.preflight_report is not None
+
+
+class Overwrites(Classifier):
+    """Writes into its batch, so that it cannot be had as it was."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step([batch[0].clone(), batch[1]], batch_idx)
+        batch[0].zero_()
+        return loss
+
+
+def test_a_batch_that_was_written_to_is_the_reason_why_the_origin_is_unknown() -> None:
+    health = GradHealth(on_non_finite="skip")
+    fit(Overwrites(fragile(), Adam, lr=1e-2), data(12, bad=[6]), health)
+    (finding,) = health.report().findings
+    assert "origin unknown (the rerun was finite; the batch was written to in place" in finding.summary
+    with pytest.raises(NonFiniteGradientError, match="origin unknown: the rerun was finite; the batch was written"):
+        fit(Overwrites(fragile(), Adam, lr=1e-2), data(12, bad=[6]), GradHealth(on_non_finite="raise"))
+
+
+def test_an_interrupted_search_does_not_end_all_searching() -> None:
+    class Interrupted(Fragile):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Interrupted.calls += 1
+            if Interrupted.calls == 6:  # in the rerun of the fifth batch
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    torch.manual_seed(7)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Interrupted(), nn.Linear(16, 3))
+    optimizer = Adam(net.parameters(), lr=1e-2)
+    session = HealthSession(net, on_non_finite="skip")
+    interrupted = 0
+    for x, y in data(12, bad=[4, 8]):
+        nn.functional.cross_entropy(net(x), y).backward()
+        try:
+            session.apply(session.observe(optimizer))
+        except KeyboardInterrupt:
+            interrupted += 1
+        optimizer.step()
+        optimizer.zero_grad()
+    assert interrupted == 1
+    origins = [step.origin for record in session._records() for step in record.window if step.origin]
+    assert origins == ["the first output that is not finite is that of 2 (Interrupted); healthy before it: 0, 1"]
 
 
 def test_lbfgs_is_refused_a_skip_that_it_cannot_keep() -> None:
@@ -451,9 +527,10 @@ def test_the_rerun_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     original = Response._find_origin
     for search in (True, False):
 
-        def find(self: Response, sharded: bool, search: bool = search) -> str:
-            searched.append(original(self, sharded) if search else "")
-            return searched[-1]
+        def find(self: Response, sharded: bool, search: bool = search) -> tuple[str, str]:
+            found, unknown = original(self, sharded) if search else ("", "")
+            searched.append(found)
+            return found, unknown
 
         monkeypatch.setattr(Response, "_find_origin", find)
         torch.manual_seed(3)

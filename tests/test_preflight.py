@@ -971,3 +971,57 @@ def test_a_preflight_that_fails_ends_nothing(monkeypatch: pytest.MonkeyPatch, li
 def test_manual_optimization_is_told(lines: Callable[[], list[str]]) -> None:
     trainer(GradHealth(preflight=True), max_steps=3).fit(ByHand(), batches())
     assert lines() == ["gradhealth: no preflight (manual optimization: training_step would step the optimizers)"]
+
+
+# --- where a NaN begins ------------------------------------------------------------------------------------
+
+
+class _Unit(nn.Module):
+    """Divides by the length of each row, whose gradient at zero is NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().sum(1, keepdim=True).sqrt() + 1e-9)
+
+
+class _Log(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.log()
+
+
+def _net(middle: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16, bias=False), middle, nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize(
+    ("middle", "blank", "loss", "words"),
+    [
+        (_Log(), False, functional.cross_entropy, "the first output that is not finite is that of 1 (_Log)"),
+        (_Log(), False, None, "the first output that is not finite is that of 1 (_Log)"),
+        (_Unit(), True, functional.cross_entropy, "in the backward pass of 1 (_Unit), at Sqrt"),
+        (nn.ReLU(), False, lambda out, y: out.mean() / 0.0, "the loss of Sequential is not finite"),
+    ],
+)
+def test_diagnose_names_the_origin_of_a_nan(
+    middle: nn.Module, blank: bool, loss: Callable[..., Tensor] | None, words: str
+) -> None:
+    x = inputs(32, 8)
+    x[3] *= not blank
+    net = _net(middle).eval()
+    report = diagnose(net, x if loss is None else (x, labels(32)), loss)
+    assert not net.training
+    finding = next(f for f in report.findings if f.condition == "non_finite")
+    assert words in finding.summary
+    assert words in finding.evidence["origin"]
+
+
+def test_diagnose_names_a_bad_batch_and_bad_weights() -> None:
+    x = inputs(32, 8)
+    x[0, 0] = math.nan
+    (finding,) = (f for f in diagnose(_net(nn.ReLU()), x).findings if f.condition == "non_finite")
+    assert "the batch is not finite" in finding.summary
+    net = _net(nn.ReLU())
+    net[2].weight.data[0, 0] = math.inf
+    (finding,) = (f for f in diagnose(net, inputs(32, 8)).findings if f.condition == "non_finite")
+    assert "weights or buffers of 2 (Linear) are not finite" in finding.summary
+    assert finding.layers == ("2",)

@@ -75,6 +75,7 @@ def _step(row: HostRow) -> StepStats:
         learning_rate=max((rate for rate in row.row.rates if rate is not None), default=None),
         skipped=None if row.row.skip is None else row.skipped,
         origin=row.row.origin,
+        origin_unknown=row.row.origin_unknown,
         clip_coefficient=flags["coefficient"],
         clipped=_flag(flags["clipped"]),
         armed=_flag(flags["armed"]),

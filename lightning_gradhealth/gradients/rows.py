@@ -55,6 +55,7 @@ class Row:
         applied: The norms that the optimizer was given, after all clipping, at probed steps.
         probe: Weights and updates, at probed steps.
         origin: Where a NaN or Inf came from, in words, where that was looked into.
+        origin_unknown: Why that was not found out.
     """
 
     step: int
@@ -69,6 +70,7 @@ class Row:
     applied: Tensor | None = None
     probe: WeightProbe | None = None
     origin: str = ""
+    origin_unknown: str = ""
 
     def vectors(self) -> list[Tensor]:
         """The device vectors to read, in the order in which `on_host` takes them back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -14,6 +14,7 @@ from lightning_gradhealth.flows import SignalChain
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import Layout
 from lightning_gradhealth.norms import read_once
+from lightning_gradhealth.origin import Origin
 from lightning_gradhealth.preflight.passes import Pass
 from lightning_gradhealth.preflight.remedies import of_init
 from lightning_gradhealth.ratios import norm_ratios
@@ -42,30 +43,29 @@ class NonFiniteOnce(Rule):
 
     Args:
         what: What is not finite, as "the loss is"; "" where all is.
-        layer: The layer whose output was the first; "" where it is not known.
+        layer: The layer where it began; "" where that is none, or not known.
+        origin: Where it began, in words.
     """
 
     condition = Condition.NON_FINITE
 
-    def __init__(self, what: str, layer: str) -> None:
+    def __init__(self, what: str, layer: str, origin: str) -> None:
         super().__init__()
-        self.what, self.layer = what, layer
+        self.what, self.layer, self.origin = what, layer, origin
 
     def check(self, record: StepRecord) -> Verdict | None:
-        """Say what is not finite, and where that began, if a forward pass has shown it."""
+        """Say what is not finite, and where that began."""
         if not self.what:
             return None
-        seen = record.first_non_finite
         return Verdict(
             severity=Severity.CRITICAL,
-            summary=f"{self.what} NaN or Inf"
-            + (f"; the first output that is not finite is that of {seen}" if seen else ""),
+            summary=f"{self.what} NaN or Inf; {self.origin}",
             remedy=(
                 "look for log(0), division by 0 and bad values in the batch; torch.autograd.detect_anomaly() names the"
                 " operation of a backward pass"
             ),
             layers=(self.layer,) if self.layer else (),
-            evidence={"origin": seen},
+            evidence={"origin": self.origin},
         )
 
 
@@ -77,10 +77,19 @@ class Account:
         layout: Its layers.
         passes: One pass, or several with other random directions.
         thresholds: The numbers that verdicts depend on.
+        find_origin: Runs the batch once more and says where a NaN or Inf begins.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, passes: Sequence[Pass], thresholds: Thresholds) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        passes: Sequence[Pass],
+        thresholds: Thresholds,
+        find_origin: Callable[[], Origin],
+    ) -> None:
         self.model, self.layout, self.thresholds = model, layout, thresholds
+        self._find_origin = find_origin
         self.first = passes[0]
         readings = [done.reading for done in passes if done.reading is not None]
         vectors = [vector for reading in readings for vector in reading.vectors()]
@@ -158,7 +167,9 @@ class Account:
             what = "the output has"
         elif any(norm is not None and not math.isfinite(norm) for norm in self.norms):
             what = "gradients are"
-        return [*rules, NonFiniteOnce(what, self.layout.layer_of(record.first_non_finite))]
+        origin = self._find_origin() if what else Origin("", "", "", ())
+        module = origin.module or record.first_non_finite
+        return [*rules, NonFiniteOnce(what, self.layout.layer_of(module), str(origin))]
 
     # --- words ---
 

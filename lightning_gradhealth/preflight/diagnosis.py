@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_gradhealth.layers import LayersSpec, Layout
+from lightning_gradhealth.origin import find_origin
 from lightning_gradhealth.preflight.account import Account
 from lightning_gradhealth.preflight.ends import (
     Ends,
@@ -59,7 +61,6 @@ def diagnose(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = 
             LightningModule that optimizes by hand, whose training_step would step its optimizers.
 
     Example:
-        >>> import torch
         >>> net = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(16)))
         >>> for layer in net:
         ...     layer.weight.data = 0.5 * torch.eye(64)
@@ -105,16 +106,23 @@ def examine(
         ValueError: The model has nothing that could be looked at.
 
     Example:
-        >>> import torch
         >>> net = nn.Linear(2, 1)
         >>> examine(net, lambda: Ends((net(torch.ones(4, 2)),))).layers[0].name
         'Linear'
     """
     _check(model)
+
+    def again() -> Tensor:
+        """What a NaN or Inf in the gradients is followed back from."""
+        model.train()
+        ends = run()
+        return sum((end.sum() for end in ends.tensors), start=torch.zeros(())) * scale
+
     passes = [run_once(model, run, scale=scale, seed=0)]
     if not passes[0].has_loss:
         passes += [run_once(model, run, scale=scale, seed=seed) for seed in range(1, COTANGENTS)]
-    return Account(model, Layout(model, layers), passes, thresholds).report(dict(ignore or {}))
+    account = Account(model, Layout(model, layers), passes, thresholds, lambda: find_origin(model, again))
+    return account.report(dict(ignore or {}))
 
 
 def _check(model: nn.Module) -> None:

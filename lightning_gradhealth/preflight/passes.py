@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +83,7 @@ def run_once(model: nn.Module, run: Callable[[], Ends], *, scale: float, seed: i
 
 def _run(model: nn.Module, run: Callable[[], Ends], scale: float, seed: int, back: _Back) -> Pass:
     probe, call = SignalProbe(model, compiled=True, temporal=seed == 0), FirstCall()
-    with undisturbed(model, silent=True), _values_kept(model), torch.inference_mode(False), torch.enable_grad():
+    with undisturbed(model, silent=True, weights=True), torch.inference_mode(False), torch.enable_grad():
         if not model.training:
             model.train()
         try:
@@ -163,19 +162,3 @@ def _accumulated_gradients(
         )
     torch.autograd.backward(ends, starts)
     return [parameter.grad for parameter in parameters]
-
-
-@contextmanager
-def _values_kept(model: nn.Module) -> Iterator[None]:
-    """Put the values of parameters back, which a forward pass may write, as a table of embeddings with max_norm does.
-
-    It takes as much memory as the gradients do.
-    """
-    kept = [(parameter, parameter.data, parameter.data.clone()) for parameter in model.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, alias, values in kept:
-            alias.copy_(values)
-            if parameter.data_ptr() != alias.data_ptr():  # it was given other memory
-                parameter.data = alias

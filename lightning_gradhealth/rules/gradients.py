@@ -140,11 +140,14 @@ class NonFinite(Rule):
         self.memory["account"] = account
         account["steps"] += len(bad)
         account["skipped"] += sum(bool(step.skipped) for step in bad)
-        account["origin"] = account["origin"] or next((step.origin for step in bad if step.origin), "")
+        for known in ("origin", "origin_unknown"):
+            account[known] = account.get(known) or next((why for step in bad if (why := getattr(step, known))), "")
         origin, skipped = account["origin"] or account["seen"], account["skipped"]
         where = account["where"]
         if account["gradients"]:
-            where += f"; {origin}" if origin else (", origin unknown" if not account["layers"] else "")
+            why = f" ({account['origin_unknown']})" if account["origin_unknown"] else ""
+            unknown = f", origin unknown{why}" if why or not account["layers"] else ""
+            where += f"; {origin}" if origin else unknown
         if skipped:
             where += f"; {skipped} of {account['steps']} such steps skipped"
         return Verdict(
