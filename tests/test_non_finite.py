@@ -742,7 +742,7 @@ def test_deepspeed_is_unavailable_otherwise(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_the_mode_is_checked() -> None:
-    with pytest.raises(ValueError, match='on_non_finite must be "warn", "skip", "raise" or "stop", got \'ignore\''):
+    with pytest.raises(ValueError, match="on_non_finite must be one of 'warn', 'skip', 'raise', 'stop', got 'ignore'"):
         GradHealth(on_non_finite="ignore")  # type: ignore[arg-type]
 
 
