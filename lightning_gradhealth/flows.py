@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lightning_gradhealth.ratios import fitted_gain
 from lightning_gradhealth.serial import Record
+from lightning_gradhealth.validation import wrong
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class TemporalFlow(Record):
         Args:
             by_layer: Name of the layer and direction -> its norms, shape (T,).
         """
+        if not isinstance(by_layer, Mapping):
+            raise TypeError(wrong("by_layer", "a dict of norms by layer", by_layer, 'e.g. {"l0": (0.5, 1.0)}'))
         norms = {name: tuple(values) for name, values in by_layer.items()}
         worst = max(norms.values(), key=_distance_from_one, default=())
         return cls(worst, _gain_per_step(worst), memory_length(worst), norms)

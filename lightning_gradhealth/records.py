@@ -16,6 +16,7 @@ from lightning_gradhealth.flows import SignalChain, TemporalFlow
 from lightning_gradhealth.messages import printable
 from lightning_gradhealth.ratios import fitted_gain, median
 from lightning_gradhealth.serial import Record
+from lightning_gradhealth.validation import check_choice, check_path, wrong
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,6 +69,23 @@ class Severity(str, Enum):
     def rank(self) -> int:
         """0, 1 or 2, for comparisons."""
         return list(Severity).index(self)
+
+
+_SAVED = 'e.g. "health.md"; the suffix decides the format'
+
+
+def check_severity(severity: Severity | str) -> Severity:
+    """Return a severity, or the one that a word names.
+
+    Raises:
+        ValueError: It is another word.
+        TypeError: It is no word.
+
+    Example:
+        >>> check_severity("warning") is Severity.WARNING
+        True
+    """
+    return Severity(check_choice("severity", severity, tuple(each.value for each in Severity)))
 
 
 def _number(value: float | None) -> str:
@@ -371,6 +389,10 @@ class Finding(Record):
     healed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "severity", check_severity(self.severity))
+        super().__post_init__()
+        if not self.condition:
+            raise ValueError(wrong("condition", "the name of a condition", self.condition, "it may not be empty"))
         if self.condition in Condition._value2member_map_:
             object.__setattr__(self, "condition", Condition(self.condition))
 
@@ -465,6 +487,7 @@ class HealthReport(Record):
 
         Raises:
             ValueError: The suffix is none of these.
+            TypeError: `path` is no path.
 
         Example:
             >>> import tempfile
@@ -474,7 +497,7 @@ class HealthReport(Record):
         """
         from lightning_gradhealth.report import save_health
 
-        return save_health(self, Path(path))
+        return save_health(self, Path(check_path("path", path, _SAVED)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -562,6 +585,7 @@ class FlowReport(Record):
 
         Raises:
             ValueError: The suffix is none of these.
+            TypeError: `path` is no path.
 
         Example:
             >>> import tempfile
@@ -571,7 +595,7 @@ class FlowReport(Record):
         """
         from lightning_gradhealth.report import save_flow
 
-        return save_flow(self, Path(path))
+        return save_flow(self, Path(check_path("path", path, _SAVED)))
 
 
 @dataclass(frozen=True)

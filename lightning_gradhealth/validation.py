@@ -234,6 +234,7 @@ def check_path(argument: str, value: Any, remedy: str) -> str:
 
     Raises:
         TypeError: It is no path.
+        ValueError: It is empty.
 
     Example:
         >>> from pathlib import Path
@@ -243,6 +244,8 @@ def check_path(argument: str, value: Any, remedy: str) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str):
         raise TypeError(wrong(argument, "the path of a file", value, remedy))
+    if not path:
+        raise ValueError(wrong(argument, "the path of a file", value, remedy))
     return path
 
 

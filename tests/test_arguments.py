@@ -6,6 +6,8 @@ is taken on purpose, each with its reason.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -184,11 +186,62 @@ def clippers() -> Iterator[Row]:
     yield Row("Gradients.of", "parameters", gh.Gradients.of, [5, None, nn.Linear(1, 1)], [nn.Parameter(torch.ones(1))])
 
 
+def thresholds_and_records() -> Iterator[Row]:
+    for field in dataclasses.fields(gh.Thresholds):
+        whole = field.type == "int"
+        types = [*NO_INTS, None] if whole else NO_NUMBERS
+        values = [0, -1] if whole else NOT_POSITIVE
+        yield Row("Thresholds", field.name, keyword(gh.Thresholds, field.name), types, values)
+    for name in ("depth_ratio", "dead_units", "update_share", "stalled_fall"):
+        yield Row("Thresholds", name, keyword(gh.Thresholds, name), values=[1.5, 100])
+
+    def finding(**options: Any) -> gh.Finding:
+        given = {"condition": "x", "severity": "info", "layers": (), "first_step": 1, "last_step": 1}
+        return gh.Finding(**{**given, **options})
+
+    def verdict(**options: Any) -> gh.Verdict:
+        return gh.Verdict(**{"severity": "warning", "summary": "s", "remedy": "r", **options})
+
+    no_layers = [None, "abc", 5, [1], {"a"}, True, {}, (1,), b"a"]
+    for name, make in (("Finding", finding), ("Verdict", verdict)):
+        yield Row(name, "severity", keyword(make, "severity"), [None, 5, True, ["info"]], ["fatal", "", "Warning"])
+        yield Row(name, "layers", keyword(make, "layers"), no_layers)
+        yield Row(name, "evidence", keyword(make, "evidence"), [None, 5, [1], "x"])
+        for text in ("summary", "remedy", "code"):
+            yield Row(name, text, keyword(make, text), [None, 5, ["a"]])
+        yield Row(name, "first_step", keyword(make, "first_step"), ["x", 1.5, True, [1]])
+    yield Row("Finding", "condition", keyword(finding, "condition"), [None, 5, [], {}, True], [""])
+    yield Row("Finding", "last_step", keyword(finding, "last_step"), ["x", 1.5, None])
+    yield Row("Rule", "thresholds", gh.Rule, [5, {}, gh.Thresholds])
+    record = lambda **options: gh.StepRecord(**{"step": 0, **options})  # noqa: E731
+    yield Row("StepRecord", "step", keyword(record, "step"), ["x", None, 1.5])
+    yield Row("StepRecord", "layers", keyword(record, "layers"), [5, ("0",), "abc"])
+    yield Row("StepStats", "total_norm", lambda v: gh.StepRecord(0, window=(gh.StepStats(1, 0, v),)), ["x", True])
+    layer = lambda **options: gh.LayerStats(**{"name": "0", **options})  # noqa: E731
+    yield Row("LayerStats", "grad_norm", keyword(layer, "grad_norm"), ["x", [1.0], torch.tensor(1.0)])
+    yield Row("LayerStats", "name", keyword(layer, "name"), [None, 5])
+    for kind in (gh.HealthReport, gh.FlowReport):
+        yield Row(kind.__name__, "findings", keyword(kind, "findings"), [5, ("a",), "abc", [None]])
+        yield Row(f"{kind.__name__}.save", "path", kind().save, [5, None, b"x.md", []], ["x.doc", "", "x"])
+    yield Row("InitReport", "seed", keyword(gh.InitReport, "seed"), ["x", None, 1.5])
+    yield Row("DepthPoint", "name", gh.DepthPoint, [None, 3])
+    yield Row("ChainPoint", "layer", lambda v: gh.ChainPoint("0", v), [None, 3])
+    yield Row("SignalChain", "points", gh.SignalChain, [None, 3, "abc", (1,)])
+    yield Row("TemporalFlow", "grad_norms", gh.TemporalFlow, [None, 3, "abc", ("a",)])
+    yield Row("TemporalFlow.of", "by_layer", gh.TemporalFlow.of, [None, 3, "abc", [(1.0,)]])
+    wrong = ["", "{", "[]", "5", '{"findings": 5}', '{"findings": [{"severity": "x"}]}', '{"steps": "many"}', "null"]
+    for kind in (gh.HealthReport, gh.StepRecord, gh.InitReport, gh.Finding):
+        texts = wrong if kind is gh.HealthReport else ["", "[]"]
+        yield Row(f"{kind.__name__}.from_json", "text", kind.from_json, [None, 5, {}], texts)
+        yield Row(f"{kind.__name__}.from_dict", "data", kind.from_dict, [None, 5, "{}"])
+
+
 ROWS = [
     *callback_and_session(),
     *steps_of_a_session(),
     *monitor(),
     *clippers(),
+    *thresholds_and_records(),
 ]
 
 
@@ -252,6 +305,9 @@ def right() -> Iterable[tuple[str, Callable[[], Any], str]]:
     yield "percentile=100", lambda: gh.PercentileClip(100), "the greatest norm of the window"
     yield "window=numpy", lambda: gh.PercentileClip(window=np.int64(9)), "NumPy's numbers"
     yield "exclude=[]", lambda: gh.UnitwiseClip(exclude=[]), "none, as ()"
+    yield "Thresholds(numpy)", lambda: gh.Thresholds(time_window=np.int64(9), time_ratio=np.float64(9.0)), "NumPy's"
+    yield "dead_units=1", lambda: gh.Thresholds(dead_units=1.0), "all units: a share"
+    yield "layers=[...]", lambda: gh.Verdict("info", "s", "r", layers=["0"]), "any sequence of names"  # type: ignore[arg-type]
     yield "Chain(tuple)", lambda: gh.Chain((gh.NormClip(1.0),)), "any sequence"
 
 
@@ -386,3 +442,43 @@ def test_one_loss_a_sample_is_judged_by_its_mean() -> None:
     report = health.report()
     assert report.aside == ""
     assert "loss: unavailable" not in report.notes
+
+
+# --- records ---
+
+
+def test_a_word_becomes_a_severity_and_a_list_a_tuple() -> None:
+    layers: Any = ["net.0"]
+    severity: Any = "critical"
+    finding = gh.Finding("loss_spike", severity, layers, 3, 4)
+    assert finding.severity is gh.Severity.CRITICAL
+    assert finding.condition is gh.Condition.LOSS_SPIKE
+    assert finding.layers == ("net.0",)
+    assert gh.Finding.from_json(finding.to_json()) == finding
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"findings": 5}, "findings must be"),
+        ({"findings": [{"condition": "x"}]}, r"findings\[0\] has no 'severity'"),
+        ({"steps": "many"}, "steps must be a whole number, got 'many'"),
+        ({"layers": [{"name": "0"}, {"name": "2", "grad_norm": "big"}]}, r"layers\[1\].*grad_norm must be a number"),
+        ({"trend": [[1.0, 2.0], ["a"]]}, "trend must be"),
+        ({"notes": "abc"}, "notes must be a tuple of a text"),
+    ],
+)
+def test_a_report_that_cannot_be_read_says_where(change: dict[str, Any], where: str) -> None:
+    """From JSON and from a dict."""
+    data = {**gh.HealthReport(steps=3).to_dict(), **change}
+    with pytest.raises(ValueError, match=rf"^data must be what HealthReport.to_dict\(\) returned, got .*; .*{where}"):
+        gh.HealthReport.from_dict(data)
+    with pytest.raises(ValueError, match=rf"^text must be what HealthReport.to_json\(\) returned, got .*; .*{where}"):
+        gh.HealthReport.from_json(json.dumps(data))
+
+
+def test_whole_thresholds_stay_whole_and_rules_with_them_do_not_fail_later() -> None:
+    for field in dataclasses.fields(gh.Thresholds):
+        given: Any = {field.name: np.int64(3) if field.type == "int" else np.float64(0.5)}
+        value = getattr(gh.Thresholds(**given), field.name)
+        assert type(value) is (int if field.type == "int" else float)

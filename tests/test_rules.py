@@ -529,7 +529,7 @@ def test_property_state_survives_anywhere(cut: int, seed: int) -> None:
 
 def test_wrong_thresholds() -> None:
     with pytest.raises(
-        ValueError, match=r"Thresholds: time_ratio must be a number > 0, got -1; leave it out for 1000.0"
+        ValueError, match=r"Thresholds: time_ratio must be a finite number > 0, got -1; leave it out for 1000.0"
     ):
         Thresholds(time_ratio=-1)
 

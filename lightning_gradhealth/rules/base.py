@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lightning_gradhealth.records import Finding, LayerStats, Severity, StepRecord
+from lightning_gradhealth.records import Finding, LayerStats, Severity, StepRecord, check_severity
+from lightning_gradhealth.validation import check_int, check_names, check_number, check_type, wrong
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,18 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(
-                    f"Thresholds: {f.name} must be a number > 0, got {value!r}; leave it out for {f.default!r}"
-                )
+            value, argument, remedy = getattr(self, f.name), f"Thresholds: {f.name}", f"leave it out for {f.default!r}"
+            if f.type == "int":
+                object.__setattr__(self, f.name, check_int(argument, value, 1, remedy))
+                continue
+            highest = 1.0 if f.name in _SHARES else None
+            object.__setattr__(self, f.name, check_number(argument, value, remedy, at_most=highest))
+
+
+_SHARES = (
+    *("depth_ratio", "depth_critical", "dead_units", "saturated_units", "collapsed"),
+    *("update_share", "spike_fall", "stalled_fall", "learning_fall"),
+)
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,18 @@ class Verdict:
     evidence: dict[str, Any] = field(default_factory=dict)
     first_step: int | None = None
     code: str = ""
+
+    def __post_init__(self) -> None:
+        check_severity(self.severity)
+        layers = check_names("layers", self.layers, "names of layers", 'e.g. layers=("net.0",)')
+        object.__setattr__(self, "layers", layers)
+        if not isinstance(self.evidence, Mapping):
+            raise TypeError(wrong("evidence", "a dict of numbers", self.evidence, 'e.g. evidence={"ratio": 1e-5}'))
+        for name in ("summary", "remedy", "code"):
+            check_type(name, getattr(self, name), str, "a text", "what a person reads")
+        if self.first_step is not None:
+            first = check_int("first_step", self.first_step, None, "leave it out for the step of the record")
+            object.__setattr__(self, "first_step", first)
 
 
 class NotMeasured:
@@ -175,6 +195,8 @@ class Rule:
     running: bool = False  # of its findings the latest account counts, not the first
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
+        if thresholds is not None:
+            check_type("thresholds", thresholds, Thresholds, "a Thresholds", "leave it out for the defaults")
         self.thresholds = thresholds or Thresholds()
         self.memory: dict[str, Any] = {}
         self._streaks: dict[str, tuple[int, int]] = {}  # key -> first step, verdicts in a row
