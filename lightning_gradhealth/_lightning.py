@@ -55,6 +55,13 @@ def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | floa
     return loss  # divided by the batches that are accumulated already
 
 
+def note_on_loss(outputs: Any) -> str:
+    """What a report has to say where `training_step` returned a loss for each sample; empty where it did not."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    several = isinstance(loss, Tensor) and loss.numel() > 1
+    return "loss: the mean of what training_step returned, a loss for each sample" if several else ""
+
+
 def outermost(trainer: pl.Trainer, module: pl.LightningModule) -> nn.Module:
     """The model as the strategy wrapped it where parameters are flat shards of that wrapper, else the module."""
     wrapped = trainer.strategy.model

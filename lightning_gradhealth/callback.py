@@ -277,6 +277,8 @@ class GradHealth(Callback):
         loss = _lightning.loss_of(trainer, outputs, self.loss_key)
         if loss is not None:
             self._session.add_loss(loss)
+            note = _lightning.note_on_loss(outputs)
+            self._session.notes += [note] if note and note not in self._session.notes else []
         elif self.loss_key is not None:
             self._logged.update(trainer.callback_metrics)
         self._session.response.forget()

@@ -10,14 +10,16 @@ from __future__ import annotations
 import logging
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvTransposeNd
 
+from lightning_gradhealth.naming import class_of, name_of
 from lightning_gradhealth.sharding import is_flat
 from lightning_gradhealth.validation import check_int, check_regexes, likely_meant, wrong
 
@@ -149,7 +151,9 @@ class Slot:
         owner: Clean path of the module that owns it.
         is_bias: Its gradient is a batch sum of dL/d(output), so that it can stand in for the backward signal.
         is_embedding: Its rows are looked up, so that only touched rows move.
-        kind: Class of the module that owns it.
+        kind: Class of the module that owns it, as its author wrote it.
+        units: Its axes along which the layer's outputs lie, features or channels.
+        groups: So many blocks of axis 0 feed outputs of their own, in a transposed convolution.
     """
 
     name: str
@@ -159,6 +163,8 @@ class Slot:
     is_bias: bool
     is_embedding: bool
     kind: type[nn.Module] = nn.Module
+    units: tuple[int, ...] = (0,)
+    groups: int = 1
 
 
 class Layout:
@@ -200,15 +206,17 @@ class Layout:
 
     def refresh(self) -> None:
         """Append slots for parameters that the model has gained; slots once given keep their places."""
-        root = type(self.model).__name__
-        for path, module in self.model.named_modules():
+        root = name_of(self.model)
+        modules = dict(self.model.named_modules())
+        for path, module in modules.items():
             owner = _PARAMETRIZED.sub("", clean_name(f"{path}.")).rstrip(".")
+            whose = modules.get(_PARAMETRIZED.sub("", path), module)
             for key, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in self.slot_of:
                     name = clean_name(f"{path}.{key}" if path else key)
                     layer = _group_of(name, owner, root, self.layers)
                     table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
-                    self._add(name, parameter, layer, owner, type(module), embedding=table and parameter.ndim == 2)
+                    self._add(name, parameter, layer, owner, whose, embedding=table and parameter.ndim == 2)
         for pattern in self._unmatched():
             log.warning("gradhealth: layers: %r matches no parameter name; its layers are grouped by module", pattern)
 
@@ -221,11 +229,11 @@ class Layout:
 
     def adopt(self, parameter: nn.Parameter, name: str) -> int:
         """Give a slot to a parameter that an optimizer holds but the model does not."""
-        self._add(name, parameter, name, "", nn.Module, embedding=False)
+        self._add(name, parameter, name, "", None, embedding=False)
         return self.slot_of[id(parameter)]
 
     def _add(
-        self, name: str, parameter: nn.Parameter, layer: str, owner: str, kind: type[nn.Module], embedding: bool
+        self, name: str, parameter: nn.Parameter, layer: str, owner: str, module: nn.Module | None, embedding: bool
     ) -> None:
         if layer not in self._number:
             self._number[layer] = len(self.names)
@@ -237,13 +245,15 @@ class Layout:
         if is_flat(parameter) and parameter.requires_grad:
             self.flat.add(len(self.slots))
         self.sizes.append(parameter.numel())
-        self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding, kind))
+        kind = nn.Module if module is None else class_of(module)
+        units, groups = _units(module, name.rpartition(".")[2], parameter.ndim)
+        self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding, kind, units, groups))
         self._cancelled = None
 
     def layer_of(self, module: str) -> str:
         """The layer that the parameters of a module belong to, by the module's clean path; "" if it owns none."""
         if len(self._layers) != len(self.slots):
-            root = type(self.model).__name__
+            root = name_of(self.model)
             self._layers = [(slot.owner or root, self.names[slot.layer]) for slot in self.slots]
             self._layer_of = dict(reversed(self._layers))
         return self._layer_of.get(module, "")
@@ -299,6 +309,19 @@ class Layout:
             }
             self._cancelled = frozenset(i for i, s in enumerate(self.slots) if s.is_bias and s.owner in owners)
         return self._cancelled
+
+
+def _units(module: nn.Module | None, key: str, ndim: int) -> tuple[tuple[int, ...], int]:
+    """Axes of a parameter along which the outputs of its module lie, and the number of groups of its inputs."""
+    if isinstance(module, _ConvTransposeNd) and ndim > 2:
+        return (1,), module.groups
+    declared = getattr(module, "gradhealth_axes", None)  # see init.Axes
+    axes: Any = declared.get(key) if isinstance(declared, Mapping) else None
+    if ndim < 2 or not all(hasattr(axes, name) for name in ("in_axes", "out_axes", "split")):
+        return (0,), 1
+    outs, ins = ((a,) if isinstance(a, int) else tuple(a) for a in (axes.out_axes, axes.in_axes))
+    apart = () if axes.split is None or axes.split[0] % ndim in {a % ndim for a in ins} else (axes.split[0],)
+    return tuple({axis % ndim for axis in (*outs, *apart)}), 1
 
 
 def has_own_parameters(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from lightning_gradhealth import sharding
 from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import clean_name, is_compiled, unwrap
 from lightning_gradhealth.messages import reason_of
+from lightning_gradhealth.naming import name_of
 from lightning_gradhealth.trees import tensors
 
 SHOWN = 3
@@ -314,8 +315,7 @@ class _Search:
 
 def _kind(module: nn.Module) -> str:
     """Class name, that of the module inside for a compiled or scripted one."""
-    inside = getattr(module, "_orig_mod", module)
-    return str(getattr(inside, "original_name", type(inside).__name__))
+    return name_of(getattr(module, "_orig_mod", module))
 
 
 def _unknown(reason: str = "") -> Origin:

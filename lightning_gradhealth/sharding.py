@@ -91,6 +91,27 @@ def reduced(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
 
 
+def on_whole(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a function makes of the whole of a small tensor, split over the ranks as that is: a collective if it is.
+
+    Args:
+        tensor: Of any kind.
+        function: Gives a tensor of the same shape for a plain one.
+
+    Example:
+        >>> on_whole(torch.tensor([1.0, 2.0]), torch.neg).tolist()
+        [-1.0, -2.0]
+    """
+    if not _is_dtensor(tensor):
+        return function(tensor)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * tensor.device_mesh.ndim
+    whole = function(tensor.redistribute(placements=everywhere).to_local())
+    result = DTensor.from_local(whole, tensor.device_mesh, everywhere, run_check=False)
+    return result.redistribute(placements=[Replicate() if p.is_partial() else p for p in tensor.placements])
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part as a plain tensor, possibly an empty one.
 

@@ -23,7 +23,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_gradhealth import Condition, GradHealth, Rule, Severity, StepRecord, Thresholds, init_weights
+from lightning_gradhealth import (
+    Condition,
+    GradHealth,
+    HealthSession,
+    Rule,
+    Severity,
+    StepRecord,
+    Thresholds,
+    init_weights,
+)
 from lightning_gradhealth.judgement import Judgement
 
 
@@ -169,6 +178,38 @@ def test_manual_optimization(key: str | None) -> None:
 
 
 # --- what it survives ---
+
+
+class PerSample(Classifier):
+    """Steps by hand and returns a loss for each sample."""
+
+    def __init__(self, shape: tuple[int, ...] = (-1,)) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.shape = shape
+        self.means: list[float] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        losses = nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="none").reshape(self.shape)
+        self.optimizers().zero_grad()
+        self.manual_backward(losses.mean())
+        self.optimizers().step()
+        self.means.append(losses.mean().item())
+        return {"loss": losses, "more": 0} if losses.ndim > 1 else losses
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1), (2, -1)])
+def test_losses_per_sample_count_by_their_mean(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float | None] = []
+    add_loss = HealthSession.add_loss
+    monkeypatch.setattr(
+        HealthSession, "add_loss", lambda self, loss: (seen.append(float(loss)), add_loss(self, loss))[1]
+    )
+    module, health = PerSample(shape), GradHealth()
+    fit(module, health, max_steps=8)
+    assert seen == pytest.approx(module.means)
+    said = [note for note in health.report().notes if note.startswith("loss: ")]
+    assert said == ["loss: the mean of what training_step returned, a loss for each sample"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
 from conftest import mlp
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
-from lightning_gradhealth.layers import Layout, UseRecorder, clean_name, is_compiled
+from lightning_gradhealth.layers import Layout, UseRecorder, clean_name, is_compiled, unwrap
+from lightning_gradhealth.naming import name_of
+from lightning_gradhealth.signals import SignalProbe
 
 
 class Backwards(nn.Module):
@@ -82,6 +88,76 @@ def test_parametrized_weights_fold_into_their_owner() -> None:
     layout = Layout(nn.Sequential(weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2)))
     assert layout.names == ["0", "1"]
     assert [slot.layer for slot in layout.slots] == [0, 0, 0, 1, 1]
+
+
+class Rooted(nn.Module):
+    """A module with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.scale
+
+
+class Twice(torch.nn.Module):
+    """What parametrizes a weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def parametrized() -> nn.Module:
+    model = Rooted()
+    register_parametrization(model, "scale", Twice())
+    return model
+
+
+def inner_parametrized() -> nn.Module:
+    model = Rooted()
+    weight_norm(model.body)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Rooted,
+        parametrized,
+        inner_parametrized,
+        lambda: torch.compile(Rooted()),
+        lambda: nn.DataParallel(Rooted()),
+        lambda: nn.DataParallel(torch.compile(parametrized())),
+        lambda: torch.jit.script(Rooted()),
+    ],
+)
+def test_a_root_is_called_by_the_class_that_was_written(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    assert name_of(model) == "Rooted"
+    assert sorted(Layout(model).names) == ["Rooted", "body"]
+
+
+@pytest.mark.parametrize("wrap", [fully_shard, replicate])
+def test_a_root_has_the_same_name_on_every_strategy(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = wrap(Rooted())
+        assert name_of(model) == "Rooted"
+        assert Layout(model).names[0] == SignalProbe(model)._modules[unwrap(model)].name == "Rooted"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_class_that_looks_derived_keeps_its_name() -> None:
+    class FSDPRooted(Rooted):
+        """The author's own class, whatever its name."""
+
+    class ParametrizedRooted(nn.Module):
+        """Another one."""
+
+    assert [name_of(kind()) for kind in (FSDPRooted, ParametrizedRooted)] == ["FSDPRooted", "ParametrizedRooted"]
 
 
 def test_tied_parameters_have_one_slot() -> None:

@@ -528,6 +528,28 @@ def test_a_metric_is_for_one_layer_or_model(call: bool) -> None:
         give(ratio, with_gradients(mlp(depth=5)))
 
 
+@pytest.mark.parametrize("call", [True, False])
+@pytest.mark.parametrize("make", [DeadUnitFraction, lambda: SaturatedUnitFraction("tanh"), GradientNormRatio])
+def test_after_a_reset_another_width_may_come(make: Callable[[], Metric], call: bool) -> None:
+    def values(metric: Metric, sizes: tuple[int, ...]) -> Tensor:
+        for size in sizes:
+            ratio = isinstance(metric, GradientNormRatio)
+            torch.manual_seed(size)
+            given = with_gradients(mlp(depth=size)) if ratio else torch.randn(8, size).clamp(-1, 1)
+            metric(given) if call else metric.update(given)
+        return metric.compute()
+
+    metric = make()
+    values(metric, (4, 4))
+    metric.reset()
+    again = values(metric, (6, 6))
+    same(again, values(make(), (6, 6)))
+    metric.reset()
+    same(values(metric, (4,)), values(make(), (4,)))
+    with pytest.raises(ValueError, match="at earlier updates"):  # and within a run it still has to be the same one
+        values(metric, (5,))
+
+
 def test_a_state_of_other_units_is_refused() -> None:
     old, new = DeadUnitFraction(), DeadUnitFraction()
     old.update(torch.ones(2, 3))

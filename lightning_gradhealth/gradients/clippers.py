@@ -23,7 +23,7 @@ from lightning_gradhealth.gradients.clipping import (
 )
 from lightning_gradhealth.layers import Slot
 from lightning_gradhealth.norms import wide
-from lightning_gradhealth.sharding import is_flat, local, reduced
+from lightning_gradhealth.sharding import is_flat, local, on_whole, reduced
 from lightning_gradhealth.validation import check_number, check_regex, wrong
 
 # classes first: a command line tries them in order, and every class path is a regex too
@@ -152,8 +152,10 @@ class SignClip(Clipper):
 class UnitwiseClip(Clipper):
     """Adaptive gradient clipping (AGC; Brock et al., 2021): bound each unit's gradient by its weights' norm.
 
-    A unit is a row of the first dimension (an output feature or channel); a vector or scalar is one unit. Its
-    gradient is scaled by `min(1, clipping * max(|w|, eps) / |g|)`; `eps` lets weights that start at zero move.
+    A unit is an output feature or channel: a row of the first dimension, or of the second for transposed convolutions
+    (in each of their groups), or of what `gradhealth_axes` declares; of an embedding the vector of one index. A vector
+    or scalar is one unit. Its gradient is scaled by `min(1, clipping * max(|w|, eps) / |g|)`; `eps` lets weights that
+    start at zero move.
     The paper leaves out the last linear layer: name it in `exclude`.
 
     Args:
@@ -218,7 +220,8 @@ class UnitwiseClip(Clipper):
                 f"UnitwiseClip needs whole rows, but the gradient of {slot.name!r} is {gradient.layout} with single"
                 f" elements: leave it out by exclude={slot.name!r}, or use NormClip"
             )
-        size, reach = _unit_norms(gradient), _unit_norms(weight).clamp(min=self.eps) * self.clipping
+        size, reach = (_unit_norms(tensor, slot.units, slot.groups) for tensor in (gradient, weight))
+        reach = reach.clamp(min=self.eps) * self.clipping
         factors = local(torch.where(size > reach, reach / size, 1.0))
         return torch.where(finite.to(factors.device), factors, 1.0)
 
@@ -239,13 +242,25 @@ def _check_exclude(part: Any) -> type[nn.Module] | str:
     return check_regex(argument, part, remedy)
 
 
-def _unit_norms(tensor: Tensor) -> Tensor:
-    """L2 norm of each unit, in float64 where the device has it, in a shape that broadcasts."""
+def _unit_norms(tensor: Tensor, units: tuple[int, ...], groups: int) -> Tensor:
+    """L2 norm of each unit, in float64 where the device has it, in a shape that broadcasts; see `Slot`."""
     magnitude = tensor.abs() if tensor.is_complex() else tensor
-    dims = tuple(range(1, tensor.ndim)) or None
-    return reduced(
-        torch.linalg.vector_norm(magnitude, dim=dims, keepdim=True, dtype=wide(tensor.device))
-    )  # once, not at every use
+    kept = units if groups == 1 else (0, *units)
+    axes = [axis for axis in range(tensor.ndim) if axis not in kept] if tensor.ndim > 1 else None
+    dtype = wide(tensor.device)
+    if axes == []:  # each element is a unit; an empty list would stand for all axes
+        return magnitude.abs().to(dtype)
+    norms = torch.linalg.vector_norm(magnitude, dim=axes, keepdim=True, dtype=dtype)
+    if groups > 1:
+        return on_whole(norms, lambda whole: _over_groups(whole, groups))
+    return reduced(norms)  # once, not at every use
+
+
+def _over_groups(norms: Tensor, groups: int) -> Tensor:
+    """From norms of (in, out / groups, ...) those over the inputs of each group, which stand in a row; same shape."""
+    split = norms.view(groups, norms.shape[0] // groups, *norms.shape[1:])
+    joined: Tensor = torch.linalg.vector_norm(split, dim=1, keepdim=True).expand_as(split).reshape(norms.shape)
+    return joined
 
 
 class Chain(Clipper):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_gradhealth.layers import Slot
 from lightning_gradhealth.norms import norms_or_zero, wide
-from lightning_gradhealth.sharding import local
+from lightning_gradhealth.sharding import local, reduced
 from lightning_gradhealth.validation import check_keys, wrong
 
 log = logging.getLogger("lightning_gradhealth")
@@ -58,6 +58,8 @@ class Gradients:
     def of(cls, *parameters: nn.Parameter) -> Gradients:
         """The gradients of parameters that belong to no model (for tests and examples); each has one.
 
+        What is not summed up yet (sparse gradients whose rows repeat) is, in `grad`: it can be clipped in place then.
+
         Raises:
             TypeError: One of them is no tensor.
             ValueError: There is none, or one has no gradient.
@@ -71,7 +73,7 @@ class Gradients:
                 text = f"one of shape {tuple(parameter.shape)} without"
                 raise ValueError(f"parameters must have gradients, got {text}; call it after backward()")
         slots = [Slot(str(i), p, i, "", is_bias=False, is_embedding=False) for i, p in enumerate(parameters)]
-        tensors = [p.grad for p in parameters]
+        tensors = [summed_up(p) for p in parameters]
         return cls(slots, tensors, norms_or_zero(tensors))
 
     @functools.cached_property
@@ -92,6 +94,26 @@ class Gradients:
     def copy(self) -> Gradients:
         """The same gradients in memory of their own."""
         return replace(self, tensors=[None if tensor is None else tensor.clone() for tensor in self.tensors])
+
+
+def summed_up(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's gradient in a form that can be clipped in place: where it was summands or repeated rows, their sum.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.sparse_coo_tensor([[1, 1]], [0.5, 0.5], (2,))
+        >>> summed_up(weight).values().tolist()
+        [1.0]
+    """
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    whole = reduced(gradient)
+    if whole.layout is torch.sparse_coo and not whole.is_coalesced():
+        whole = whole.coalesce()
+    if whole is not gradient:
+        parameter.grad = whole
+    return whole
 
 
 def _memory(tensor: Tensor) -> Tensor:

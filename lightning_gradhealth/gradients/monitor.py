@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_gradhealth.gradients.clipping import Clipper, Gradients
+from lightning_gradhealth.gradients.clipping import Clipper, Gradients, summed_up
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
@@ -23,7 +23,7 @@ from lightning_gradhealth.layers import LayersSpec, Layout
 from lightning_gradhealth.merging import merged
 from lightning_gradhealth.norms import norms, norms_or_zero, read_once
 from lightning_gradhealth.records import StepRecord
-from lightning_gradhealth.sharding import Sharding, local, reduced, sum_over_ranks
+from lightning_gradhealth.sharding import Sharding, local, sum_over_ranks
 from lightning_gradhealth.validation import check_int, check_keys
 
 CAPACITY = 1_024
@@ -214,7 +214,7 @@ class GradientMonitor:
             for slot in slots:
                 self._without_grad.pop(slot, None)
         if self.clip is not None:
-            gradients = [self._clippable(slot, gradient) for slot, gradient in zip(slots, gradients, strict=True)]
+            gradients = [summed_up(self.layout.slots[slot].parameter) for slot in slots]
         return known, gradients
 
     def _find_slot(self, parameter: nn.Parameter, fallback: str) -> int:
@@ -222,17 +222,6 @@ class GradientMonitor:
         self.layout.refresh()
         slot = self.layout.slot_of.get(id(parameter))
         return self.layout.adopt(parameter, fallback) if slot is None else slot
-
-    def _clippable(self, slot: int, gradient: Tensor | None) -> Tensor | None:
-        """A gradient that can be clipped in place: summed up, where it is summands or repeated rows."""
-        if gradient is None:
-            return None
-        whole = reduced(gradient)
-        if whole.layout is torch.sparse_coo and not whole.is_coalesced():
-            whole = whole.coalesce()
-        if whole is not gradient:
-            self.layout.slots[slot].parameter.grad = whole
-        return whole
 
     # --- over ranks ---
 

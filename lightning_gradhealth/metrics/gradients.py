@@ -85,7 +85,7 @@ class GradientNormRatio(VectorSums):
     its way to them (Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks",
     2010). A layer with zero gradients has 0, one without any gradient has NaN.
 
-    When to update it, and what it does over ranks: see `GradientNorm`. A metric is for one model.
+    When to update it, and what it does over ranks: see `GradientNorm`. A metric is for one model, until `reset`.
 
     Args:
         layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
@@ -122,13 +122,18 @@ class GradientNormRatio(VectorSums):
         self.layers = check_layers(layers)
         self.reduction = one_of("reduction", reduction, (None, "max", "min"), "leave it out for all ratios")
         self.layer_names: tuple[str, ...] = ()
+        self._decided = False
+
+    def forget(self) -> None:
+        """Let the next update decide the layers."""
+        self._decided = False
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the gradients that are there now.
 
         Args:
-            model: The same module at every update. Under FSDP1 the outermost one.
+            model: The same module at every update until `reset`. Under FSDP1 the outermost one.
 
         Raises:
             TypeError: `model` is no module.
@@ -137,7 +142,7 @@ class GradientNormRatio(VectorSums):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; its layers are compared")
         layout = Layout(model, self.layers)
-        if self.layer_names and tuple(layout.names) != self.layer_names:
+        if self._decided and tuple(layout.names) != self.layer_names:
             raise ValueError(
                 f"model has other layers than at earlier updates: {_few(layout.names)}, not {_few(self.layer_names)};"
                 " use one metric for each model"
@@ -149,7 +154,7 @@ class GradientNormRatio(VectorSums):
         sizes = torch.tensor(numel, dtype=whole.dtype).to(whole.device)
         squares = whole.new_zeros(len(layout.names)).index_add_(0, owner, whole.square())
         elements = torch.zeros_like(squares).index_add_(0, owner, sizes * present)
-        self.layer_names = tuple(layout.names)
+        self.layer_names, self._decided = tuple(layout.names), True
         self.add(torch.cat([squares / elements.clamp(min=1.0), (elements > 0).to(squares.dtype)]))
 
     def compute(self) -> Tensor:

@@ -33,6 +33,10 @@ class _UnitFraction(VectorSums):
         self.axis = axis
         self._units: int | None = None
 
+    def forget(self) -> None:
+        """Forget how many units there were."""
+        self._units = None
+
     @torch.no_grad()
     def update(self, output: Tensor) -> None:
         """Take in a batch.

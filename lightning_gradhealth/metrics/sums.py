@@ -74,8 +74,26 @@ class VectorSums(Sums):
     def __init__(self, state: str, **kwargs: Any) -> None:
         kwargs.setdefault("dist_sync_fn", _gather_vectors)
         super().__init__(**kwargs)
+        self._forgets = True
         self._state = state
         self.add_state(state, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Take in a batch and return the value of that batch alone."""
+        self._forgets = False  # torchmetrics resets in between, and puts the sums back
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._forgets = True
+
+    def reset(self) -> None:
+        """Forget everything, the length of the vector too: another layer or model may come next."""
+        super().reset()
+        if self._forgets:
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget what belongs to the layer or model that was measured, beside the sums."""
 
     @property
     def vector(self) -> Tensor | None:

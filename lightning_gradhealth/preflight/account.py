@@ -13,6 +13,7 @@ from torch import nn
 from lightning_gradhealth.flows import SignalChain
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import Layout
+from lightning_gradhealth.naming import name_of
 from lightning_gradhealth.norms import read_once
 from lightning_gradhealth.origin import Origin
 from lightning_gradhealth.preflight.passes import Pass
@@ -100,7 +101,7 @@ class Account:
         self.loss = loss if self.first.has_loss else None
         self.norms = [norm if came else None for norm, came in zip(norms, self.first.reached, strict=True)]
         if self.signals is not None:
-            root = type(model).__name__
+            root = name_of(model)
             layout.record_use(["" if site.owner == root else site.owner for site in self.signals.spec.sites])
 
     def report(self, ignore: Mapping[str, str]) -> FlowReport:

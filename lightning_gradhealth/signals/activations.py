@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradhealth import sharding
 from lightning_gradhealth.layers import clean_name, has_own_parameters, is_compiled, unwrap
+from lightning_gradhealth.naming import name_of
 from lightning_gradhealth.signals.hooks import (
     Backward,
     Hook,
@@ -112,13 +113,13 @@ class SignalProbe:
                 continue
             if hash(module) != object.__hash__(module):
                 continue  # a metric: its hash changes with its state
-            name = clean_name(f"{path}.").rstrip(".") or type(self.model).__name__
+            name = clean_name(f"{path}.").rstrip(".") or name_of(self.model)
             if isinstance(module, torch.jit.ScriptModule) or (is_compiled(module) and not self._compiled):
                 hidden.append(path)
             else:
                 measured = has_own_parameters(module) or isinstance(module, NORMS)
                 self._modules[module] = Watched(name, measured, kind_of_module(module), not module._modules)
-        self.hidden = tuple(clean_name(f"{path}.").rstrip(".") or type(self.model).__name__ for path in hidden)
+        self.hidden = tuple(clean_name(f"{path}.").rstrip(".") or name_of(self.model) for path in hidden)
 
     @property
     def wants_samples(self) -> bool:
