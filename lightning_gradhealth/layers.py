@@ -88,7 +88,7 @@ def check_layers(layers: LayersSpec) -> LayersSpec:
         >>> check_layers(0)
         Traceback (most recent call last):
         ...
-        ValueError: layers as a depth must be >= 1, got 0; 1 groups by the model's children
+        ValueError: layers as a depth must be an int >= 1, got 0; 1 groups by the model's children
     """
     kinds = '"module", "parameter", a depth or regexes'
     if isinstance(layers, (bool, bytes)) or not isinstance(layers, (str, numbers.Integral, Sequence)):
