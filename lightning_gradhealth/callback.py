@@ -10,6 +10,7 @@ from typing import Any, Concatenate, ParamSpec, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradhealth import _lightning
@@ -255,6 +256,12 @@ class GradHealth(Callback):
             if not response.no_rerun:
                 kept = KeptBatch(batch)
                 response.remember(_lightning.rerun(trainer, pl_module, kept.fresh, batch_idx), kept)
+
+    @_never_fatal
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Look at the graph of the loss."""
+        if self._session is not None:
+            self._session.see_loss(loss)
 
     @_never_fatal
     def on_before_optimizer_step(

@@ -118,7 +118,9 @@ class Judgement:
         merged = {
             "first_step": min(known.first_step, finding.first_step),
             "last_step": finding.last_step,
-            "layers": tuple(name for name in self.layers if name in hit),
+            "layers": tuple(
+                dict.fromkeys([*(name for name in self.layers if name in hit), *known.layers, *finding.layers])
+            ),
         }
         graver = finding.severity.rank > known.severity.rank
         same = finding.severity is known.severity

@@ -40,6 +40,8 @@ class Condition(str, Enum):
     LOSS_SPIKE = "loss_spike"
     STALLED_LOSS = "stalled_loss"
     NO_GRADIENT = "no_gradient"
+    NOT_IN_OPTIMIZER = "not_in_optimizer"
+    SQUASHED_LOGITS = "squashed_logits"
     VANISHING_ACTIVATIONS = "vanishing_activations"
     EXPLODING_ACTIVATIONS = "exploding_activations"
     DEAD_UNITS = "dead_units"
@@ -180,6 +182,55 @@ class LayerStats(Record):
 
 
 @dataclass(frozen=True)
+class Unstepped(Record):
+    """A parameter that gets a gradient and that no optimizer steps, or one that an optimizer steps in vain.
+
+    Attributes:
+        name: The parameter, or what is known of a tensor that has no name.
+        layer: Its layer.
+        kind: "held": the model has had it from the start; "gained": it came to the model later; "listed": the model
+            keeps it in a list, a dict or an object, where it is no parameter of the model; "outside": a leaf of the
+            graph of which nothing else is known, or of a module in evaluation mode; "replaced": an optimizer steps it,
+            but the model does not have it, and it has never had a gradient.
+        norm: L2 norm of its elements: somebody steps it, if that changes.
+        fix: Code that makes it a parameter of the model; "": none is known.
+
+    Example:
+        >>> Unstepped("head.weight", "head", "held", 1.5).kind
+        'held'
+    """
+
+    name: str
+    layer: str
+    kind: str
+    norm: float = 0.0
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class SquashedLogits(Record):
+    """A loss that takes for logits what a softmax or a sigmoid gives.
+
+    Attributes:
+        activation: "softmax" or "sigmoid".
+        loss: "cross entropy" or "binary cross entropy with logits".
+        layer: The layer before the activation; "": not known.
+        classes: Number of classes; 1: each output stands for itself.
+        floor: The loss cannot fall below this.
+
+    Example:
+        >>> SquashedLogits("softmax", "cross entropy", "head", 10, 1.46).classes
+        10
+    """
+
+    activation: str
+    loss: str
+    layer: str
+    classes: int
+    floor: float
+
+
+@dataclass(frozen=True)
 class StepStats(Record):
     """One optimizer step inside a record's window: all that rules over time need.
 
@@ -271,6 +322,10 @@ class StepRecord(Record):
         temporal: Gradient through time of recurrent layers, by name (`temporal=True`).
         first_non_finite: The module whose output was the first with a NaN or Inf, at the probed step.
         before: Counts over the steps of a longer window that come before those in `window`.
+        unstepped: Parameters that get a gradient and that no optimizer steps, at the probed step.
+        squashed: What is wrong with the logits of the loss, where a softmax or a sigmoid stands before it.
+        carried: Least share, in norm, of what was left in `.grad` before the backward passes of the probed step in what
+            the optimizer was given; 0 where it was cleared (None: not measured).
 
     Example:
         >>> StepRecord(step=9, total_norm=2.0)
@@ -291,6 +346,9 @@ class StepRecord(Record):
     temporal: dict[str, TemporalFlow] = field(default_factory=dict)
     first_non_finite: str = ""
     before: StepCounts = field(default_factory=StepCounts)
+    unstepped: tuple[Unstepped, ...] = ()
+    squashed: SquashedLogits | None = None
+    carried: float | None = None
 
     def __repr__(self) -> str:
         return f"StepRecord(step={self.step}, total_norm={_number(self.total_norm)}, layers={len(self.layers)})"

@@ -113,6 +113,7 @@ class HealthSession:
             compiled=check_flag("probe_compiled", probe_compiled),
             temporal=check_flag("temporal", temporal),
         )
+        self.signals.before_backward = self.monitor.note_carried
         self._watch_calls = watch_calls
         self._readings: list[Reading] = []
         self._set_due()
@@ -162,6 +163,12 @@ class HealthSession:
             self._take_in()
         probed = self._is_probed(self.monitor.steps_of(optimizer))
         decision = self.monitor.observe(optimizer, step=step, grad_scaler=grad_scaler, exact=probed, probe=probed)
+        self.see_loss(loss if isinstance(loss, Tensor) else None)
+        if probed:
+            ending = self.signals.ending
+            self.monitor.look_for_unstepped(decision.row, list(ending.leaves.values()))
+            squashed = ending.squashed
+            decision.row.squashed = squashed and {**squashed, "layer": self.monitor.layout.layer_of(squashed["layer"])}
         self.response.judge(decision)
         self._close_probe(decision.row.step, decision.row.optimizer, grad_scaler)
         if loss is not None:
@@ -178,6 +185,15 @@ class HealthSession:
         self._due = early or self.monitor.expects(self._is_probed)
         if self._watch_calls:
             self.signals.await_calls(self._due)
+
+    def see_loss(self, loss: Tensor | None) -> None:
+        """Look at the graph of a loss, if the step to come may be one to probe; its values are not read.
+
+        Args:
+            loss: The training loss, before its backward pass or after it; None: it is not known.
+        """
+        if self._due and (loss is not None or not self.signals.ending.leaves):
+            self.signals.end(loss)
 
     def open_probe(self) -> None:
         """Measure signals in the forward passes that follow, if the step to come may be one to probe."""

@@ -17,7 +17,7 @@ from lightning_gradhealth.gradients.rows import Floats, HostRow
 from lightning_gradhealth.layers import Layout
 from lightning_gradhealth.merging import last_norm
 from lightning_gradhealth.ratios import fitted_gain, norm_ratios
-from lightning_gradhealth.records import LayerStats, StepRecord, StepStats
+from lightning_gradhealth.records import LayerStats, SquashedLogits, StepRecord, StepStats, Unstepped
 
 Missing = Mapping[int, tuple[int, int]]
 
@@ -51,7 +51,27 @@ def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> St
         window=window,
         probed=any(row.row.probe is not None for row in rows),
         backward_gain=max(gains, key=_distance_from_one, default=None),
+        unstepped=_unstepped(rows),
+        squashed=next((SquashedLogits(**row.row.squashed) for row in rows if row.row.squashed), None),
+        carried=max((share for row in rows if (share := _carried(row)) is not None), default=None),
     )
+
+
+def _unstepped(rows: Sequence[HostRow]) -> tuple[Unstepped, ...]:
+    """The parameters that no optimizer steps, each as it was seen last."""
+    found = {}
+    for row in rows:
+        for entry, norm in zip(row.row.unstepped, [] if row.unstepped is None else row.unstepped, strict=False):
+            name, layer, kind, fix = entry
+            found[name, kind] = Unstepped(name, layer, kind, float(norm), fix)
+    return tuple(found.values())
+
+
+def _carried(row: HostRow) -> float | None:
+    """The share of what was left of the gradient before in that of a step; None where it was not measured."""
+    if row.carried is None or not row.total_norm or not math.isfinite(row.total_norm):
+        return None
+    return row.carried / row.total_norm
 
 
 def _distance_from_one(gain: float) -> float:

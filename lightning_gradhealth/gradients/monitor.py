@@ -18,6 +18,7 @@ from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
 from lightning_gradhealth.gradients.optimizers import bare, check_optimizer, check_scaler, rate, still_scaled, unscaled
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
+from lightning_gradhealth.gradients.unstepped import UnsteppedWatch, sizes_of
 from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
 from lightning_gradhealth.layers import LayersSpec, Layout
 from lightning_gradhealth.merging import merged
@@ -91,6 +92,8 @@ class GradientMonitor:
         self._segments: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._open: dict[int, tuple[Row, WeightWatch, bool]] = {}
         self._hooks: dict[int, Any] = {}
+        self._unstepped = UnsteppedWatch(self.layout)
+        self._carried: dict[int, Tensor | float] = {}  # by optimizer: norm of what is left of the gradient before
 
     # --- every step ---
 
@@ -176,6 +179,7 @@ class GradientMonitor:
             row.cut = flags_of(decision.cut)
             if scaled:  # the scaler skips the step if one is not finite
                 row.cut = without_effect(row.cut, ~decision.total_norm.isfinite())
+        row.carried = self._carried.pop(number, None)
         self.rows.append(row)
         self._open.pop(number, None)
         if probe and pattern.slots:
@@ -268,6 +272,34 @@ class GradientMonitor:
 
     # --- probes ---
 
+    def note_carried(self) -> None:
+        """At the beginning of a backward pass, see what is left in the gradients; the least of a step's passes counts.
+
+        Where they were cleared before any of them, what follows is accumulated on purpose.
+        """
+        for number, optimizer in enumerate(self._optimizers):
+            known = self._carried.get(number)
+            if isinstance(known, float) or not self._observed[number]:
+                continue
+            left = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if not left:
+                self._carried[number] = 0.0
+                continue
+            norm = torch.linalg.vector_norm(norms([local(gradient) for gradient in left], exact=False))
+            self._carried[number] = norm if known is None else torch.minimum(known, norm)
+
+    def look_for_unstepped(self, row: Row, leaves: Sequence[Any]) -> None:
+        """Note of a step which parameters get a gradient that no optimizer uses; not where parameters are sharded.
+
+        Args:
+            row: That of the step.
+            leaves: Those of the loss's graph, see `signals.ending`.
+        """
+        if not self.sharded and not self.layout.flat:
+            entries = self._unstepped.look(self._optimizers, leaves, self._had_grad)
+            row.unstepped = tuple((entry.name, entry.layer, entry.kind, entry.fix) for entry in entries)
+            row.unstepped_norms = sizes_of(entries)
+
     def _watch(self, optimizer: Optimizer, row: Row, *, still_scaled: bool) -> None:
         """Look at the weights now, and at what the step did to them when it is done."""
         number = row.optimizer
@@ -341,7 +373,9 @@ class GradientMonitor:
         for row in rows:
             before = windows[-1]
             step = before[-1].step if before else row.step
-            if row.step != step and any(known.row.probe and known.step == step for known in before):
+            if row.step != step and any(
+                (known.row.probe or known.row.unstepped) and known.step == step for known in before
+            ):
                 windows.append([])
             windows[-1].append(row)
         full = [window for window in windows if window]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,10 @@ class Row:
         probe: Weights and updates, at probed steps.
         origin: Where a NaN or Inf came from, in words, where that was looked into.
         origin_unknown: Why that was not found out.
+        unstepped: Parameters that no optimizer steps: name, layer, kind and fix of each, see `Unstepped`.
+        unstepped_norms: Their norms.
+        squashed: See `SquashedLogits`, as a dict; empty: nothing is.
+        carried: Norm of what was left in the gradients before the backward pass; None: not measured.
     """
 
     step: int
@@ -71,10 +75,15 @@ class Row:
     probe: WeightProbe | None = None
     origin: str = ""
     origin_unknown: str = ""
+    unstepped: tuple[tuple[str, str, str, str], ...] = ()
+    unstepped_norms: Tensor | None = None
+    squashed: dict[str, Any] = field(default_factory=dict)
+    carried: Tensor | float | None = None
 
     def vectors(self) -> list[Tensor]:
         """The device vectors to read, in the order in which `on_host` takes them back."""
-        vectors = [v for v in (self.norms, self.loss, self.cut, self.skip, self.applied) if isinstance(v, Tensor)]
+        singles = (self.norms, self.loss, self.cut, self.skip, self.applied, self.unstepped_norms, self.carried)
+        vectors = [v for v in singles if isinstance(v, Tensor)]
         return vectors + (self.probe.vectors() if self.probe else [])
 
     def on_host(self, values: Iterator[Sequence[float]]) -> HostRow:
@@ -88,8 +97,9 @@ class Row:
 
         norms = np.asarray(next(values), dtype=np.float64)
         loss, cut, skip, applied = number(self.loss), read(self.cut), number(self.skip), read(self.applied)
+        unstepped, carried = read(self.unstepped_norms), number(self.carried)
         probe = [np.asarray(next(values)) for _ in self.probe.vectors()] if self.probe else []
-        return HostRow(self, norms, loss, cut, bool(skip), applied, *probe)
+        return HostRow(self, norms, loss, cut, bool(skip), applied, unstepped, carried, *probe)
 
 
 @dataclass
@@ -102,6 +112,8 @@ class HostRow:
     cut: Floats | None = None
     skipped: bool = False
     applied: Floats | None = None
+    unstepped: Floats | None = None
+    carried: float | None = None
     weights: Floats | None = None
     sampled: Floats | None = None
     updates: Floats | None = None

@@ -11,6 +11,8 @@ from lightning_gradhealth.rules.gradients import (
     NonFinite,
     VanishingInTime,
 )
+from lightning_gradhealth.rules.logits import SquashedOnce
+from lightning_gradhealth.rules.optimizer import CarriedOver, NotInOptimizer
 from lightning_gradhealth.rules.signals import DeadUnits, ExplodingThroughTime, SaturatedUnits, VanishingThroughTime
 from lightning_gradhealth.rules.training import (
     CollapsingWeights,
@@ -30,9 +32,11 @@ def default_rules(thresholds: Thresholds) -> list[Rule]:
 
     Example:
         >>> len({rule.condition for rule in default_rules(Thresholds())})
-        15
+        17
     """
     return [
+        SquashedOnce(thresholds),
+        CarriedOver(thresholds),
         OversizedUpdates(thresholds),
         DeadUnits(thresholds),
         SaturatedUnits(thresholds),
@@ -44,6 +48,7 @@ def default_rules(thresholds: Thresholds) -> list[Rule]:
         ExplodingThroughTime(thresholds),
         ExplodingInTime(thresholds),
         VanishingInTime(thresholds),
+        NotInOptimizer(thresholds),
         NoGradient(thresholds),
         GrowingWeights(thresholds),
         CollapsingWeights(thresholds),

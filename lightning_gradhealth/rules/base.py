@@ -52,6 +52,8 @@ class Thresholds:
             halving the scale 20 times brings any usual one below 1.
         skipped_in_a_row: Steps in a row that `on_non_finite` skips before it ends the run: it would not come back.
         no_gradient_steps: Steps without any gradient before a parameter is reported.
+        carried_over: Share, in norm, of what an earlier step has left in `.grad` in the gradient of a step: less than
+            this does not steer it. Where nobody clears gradients it is near 1, where somebody does 0.
         clipped_window: Steps of which adaptive clipping has to clip half before the run is said to live on it.
         spike_sigmas: Robust standard deviations above the median loss. Measured: healthy <= 6.7.
         spike_log_sigmas: The same on a logarithmic scale, on which the losses of single batches spread near
@@ -94,6 +96,7 @@ class Thresholds:
     overflow_steps: int = 20
     skipped_in_a_row: int = 25
     no_gradient_steps: int = 20
+    carried_over: float = 0.01
     clipped_window: int = 100
     spike_sigmas: float = 10.0
     spike_log_sigmas: float = 5.0

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_gradhealth import sharding
 from lightning_gradhealth.layers import clean_name, has_own_parameters, is_compiled, unwrap
 from lightning_gradhealth.naming import name_of
+from lightning_gradhealth.signals.ending import Ending
 from lightning_gradhealth.signals.hooks import (
     Backward,
     Hook,
@@ -61,6 +62,7 @@ class SignalProbe:
         wrapped: Modules through which a training step is called, as strategies do, before any forward pass: these calls
             are looked through.
         hidden: Compiled or scripted modules that are not looked into.
+        before_backward: Called at the beginning of each backward pass that is seen.
         failure: Why a measure failed, once one has; nothing is measured from then on.
 
     Example:
@@ -80,6 +82,7 @@ class SignalProbe:
         self.across_ranks = False
         self.wrapped: frozenset[nn.Module] = frozenset()
         self.hidden: tuple[str, ...] = ()
+        self.before_backward: Callable[[], None] | None = None
         self.failure = ""
         self._compiled = compiled
         self._temporal = temporal
@@ -329,6 +332,7 @@ class SignalProbe:
         if not self._stack:
             with torch.no_grad():
                 self._survey.look(self._step, tensors(output), is_activation=watched.kind is not None)
+            self._step.outputs += tensors(output)
 
     def _read(self, module: nn.Module, name: str, given: Any) -> None:
         """Measure what a module reads, if that is the sum of two signals, or what the network is given."""
@@ -393,7 +397,9 @@ class SignalProbe:
         if tensor.requires_grad and tensor.grad_fn is not None:
             step.paths.mark(tensor.grad_fn, place.number, size=tensor.numel(), hidden=calls > 1)
             tensor.register_hook(  # type: ignore[no-untyped-call]
-                Backward(step.sums, place.number, step.unrolled.get(name), self._turn(module, calls))
+                Backward(
+                    step.sums, place.number, step.unrolled.get(name), self._turn(module, calls), self._begin_backward
+                )
             )
 
     # --- after a forward pass ---
@@ -401,6 +407,30 @@ class SignalProbe:
     def _turn(self, module: nn.Module, calls: int) -> int:
         """Which call of a module it is: within the pass, or, where a loop calls the module itself, among these."""
         return calls if self._stack else self._step.passes.get(module, calls)
+
+    def _begin_backward(self) -> None:
+        """Once a backward pass, before it has come to any parameter."""
+        task = torch._C._current_graph_task_id()
+        if task != self._step.backward_pass:
+            self._step.backward_pass = task
+            if self.before_backward is not None:
+                with torch.no_grad():
+                    self._guarded(self.before_backward)
+
+    def end(self, loss: Tensor | None) -> None:
+        """Look at the graph of a loss, before its backward pass or after it.
+
+        Args:
+            loss: The loss; None: the outputs of the modules that the loop has called stand for it.
+        """
+        ends = self._step.outputs if loss is None else [loss]
+        names = {node: self._step.numbered[point].owner for node, point in self._step.paths.points.items()}
+        self._guarded(self._step.ending.look, ends, names)
+
+    @property
+    def ending(self) -> Ending:
+        """What the graphs of the losses have shown since the last step."""
+        return self._step.ending
 
     # --- state ---
 

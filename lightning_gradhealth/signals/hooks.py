@@ -35,10 +35,21 @@ class Hook:
 
 
 class Backward:
-    """The hook of a tensor: adds its gradient, and keeps its norm under the number of the call where that is asked."""
+    """The hook of a tensor: adds its gradient, and keeps its norm under the number of the call where that is asked.
 
-    def __init__(self, sums: Sums, number: int, norms: dict[int, Tensor] | None = None, call: int = 0) -> None:
+    It says first that a backward pass is on its way.
+    """
+
+    def __init__(
+        self,
+        sums: Sums,
+        number: int,
+        norms: dict[int, Tensor] | None = None,
+        call: int = 0,
+        began: Callable[[], None] | None = None,
+    ) -> None:
         self._sums = sums
+        self._began = began
         self._number = number
         self._norms = norms
         self._call = call
@@ -47,6 +58,8 @@ class Backward:
         """Add it."""
         if torch.is_grad_enabled():
             return  # create_graph: a gradient that the loss is made of, as in gradient penalties, not that of the loss
+        if self._began is not None:
+            self._began()
         with torch.no_grad():
             norm = self._sums.backward(self._number, plain(gradient))
             if self._norms is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from lightning_gradhealth.signals.ending import Ending
 from lightning_gradhealth.signals.kinds import Kind
 from lightning_gradhealth.signals.paths import Paths
 from lightning_gradhealth.signals.reading import Activation, Site, Spec
@@ -82,6 +83,9 @@ class Step:
         flows: The gradient through time of recurrent modules.
         unrolled: Norms of the gradients of what recurrent cells give, by cell and by call.
         given: What recurrent modules were given, where more of that is to be measured.
+        ending: What the graphs of the losses show.
+        outputs: What the modules have given that a loop has called.
+        backward_pass: The last backward pass that was seen to begin.
     """
 
     def __init__(self) -> None:
@@ -96,6 +100,9 @@ class Step:
         self.unrolled: dict[str, dict[int, Tensor]] = {}
         self.given: dict[str, tuple[nn.RNNBase, Any, Any]] = {}
         self.activations: dict[str, Activation] = {}
+        self.ending = Ending()
+        self.outputs: list[Tensor] = []
+        self.backward_pass = -1
 
     def place(self, name: str, owner: str, module: nn.Module, values: Tensor, same: int = -1) -> Place:
         """The place of that name, a new one if there is none yet."""

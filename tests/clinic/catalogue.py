@@ -6,6 +6,7 @@ import scenarios_depth  # noqa: F401  (each enters its scenarios)
 import scenarios_everyday  # noqa: F401
 import scenarios_healthy  # noqa: F401
 import scenarios_images  # noqa: F401
+import scenarios_mistakes  # noqa: F401
 import scenarios_sequences  # noqa: F401
 import scenarios_training  # noqa: F401
 import scenarios_units  # noqa: F401

@@ -42,6 +42,9 @@ class Twin(pl.Callback):
         rates: The largest learning rate of each layer.
         silent: Trainable parameters that have not had a gradient so far.
         bad: Steps at which a gradient, or the loss, was not finite.
+        orphans: At the end, for each tensor that had a gradient and never moved, whether that was a mistake.
+        bounded: For every batch whether all that a loss on logits was given lay between 0 and 1.
+        carried: For every step how much of the gradient was there before the backward pass, by its norm.
     """
 
     def __init__(self, case: Scenario) -> None:
@@ -64,10 +67,18 @@ class Twin(pl.Callback):
         self._batch = 0
         self._read = math.nan
         self._moved: set[str] = set()
+        self.orphans: list[bool] = []
+        self.bounded: list[bool] = []
+        self.carried: list[float] = []
+        self._left: list[float] = []
+        self._began: dict[int, Tensor] = {}
+        self._there: set[int] = set()
 
     # --- watching ---
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._spy(pl_module)
+        self._there = set(map(id, pl_module.parameters()))
         parameters = list(_parameters(pl_module))
         steered = {id(p) for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]}
         self.silent = {n for n, p in pl_module.named_parameters() if p.requires_grad and id(p) in steered}
@@ -87,6 +98,34 @@ class Twin(pl.Callback):
                 if self._activation(name) or (self.case.chain and re.fullmatch(self.case.chain, name)):
                     self._handles.append(module.register_forward_hook(functools.partial(self._keep, name)))
             self._before = _weights(pl_module)
+
+    def _spy(self, pl_module: Any) -> None:
+        """Look at what a loss on logits is given."""
+        loss = getattr(pl_module, "loss", None)
+        on_logits = loss in (nn.functional.cross_entropy, nn.functional.binary_cross_entropy_with_logits)
+
+        def spied(logits: Tensor, *rest: Any) -> Tensor:
+            self.bounded.append(bool((logits.detach() >= 0).all() and (logits.detach() <= 1).all()))
+            return loss(logits, *rest)
+
+        if on_logits:
+            pl_module.loss = spied
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+        steered = [p for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
+        gradients = [p.grad for p in steered if p.grad is not None]
+        self._left.append(math.sqrt(sum(float(np.sum(np.square(_array(g)))) for g in gradients)))
+        for tensor in (*pl_module.parameters(), *_listed(pl_module)):
+            self._began.setdefault(id(tensor), tensor.detach().clone())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        mine, listed = list(pl_module.parameters()), list(_listed(pl_module))
+        steered = [p for o in trainer.optimizers for g in o.param_groups for p in g["params"]]
+        in_vain = any(p.grad is None and all(p is not q for q in mine) for p in steered)
+        for tensor in (*mine, *listed):
+            left = tensor.grad is not None and bool((tensor.grad != 0).any())
+            if left and all(tensor is not p for p in steered) and torch.equal(tensor, self._began[id(tensor)]):
+                self.orphans.append(in_vain or any(tensor is p for p in listed) or id(tensor) not in self._there)
 
     @property
     def _measuring(self) -> bool:
@@ -112,6 +151,9 @@ class Twin(pl.Callback):
         norm = math.sqrt(sum(float(np.sum(np.square(_array(g)))) for g in gradients.values()))
         number = next(i for i, o in enumerate(trainer.optimizers) if getattr(o, "optimizer", o) is optimizer)
         self.norms.setdefault(number, []).append(norm)
+        if self._left and norm > 0:  # the least of the passes of a step: where one began with nothing, all is well
+            self.carried.append(min(self._left) / norm)
+        self._left = []
         if not math.isfinite(norm):
             self.bad.append(len(self.norms[number]) - 1)
 
@@ -300,6 +342,22 @@ def _third(values: list[float]) -> float:
     return sorted(values, reverse=True)[2] if len(values) > 2 else 0.0
 
 
+def _listed(pl_module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of layers that stand in plain lists and dicts."""
+    for module in pl_module.modules():
+        for value in vars(module).values():
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            for part in parts:
+                if isinstance(part, nn.Module) and all(part is not known for known in pl_module.modules()):
+                    yield from part.parameters()
+
+
+def _exploding(twin: Twin) -> float:
+    """Over depth, in time, or since nobody clears the gradients: a third of every one is that of the step before."""
+    kept = sorted(twin.carried)[len(twin.carried) // 10 :]
+    return max(*twin.decades(forward=False), twin.leap(), 3.0 if kept and kept[0] > 0.1 else 0.0, 0.0)
+
+
 def _vanishing(twin: Twin) -> float:
     over_depth = _third([-decades for decades in twin.decades(forward=False)])
     norms = twin.norms.get(0, [])
@@ -319,7 +377,7 @@ def _oversized(twin: Twin) -> float:
 # condition -> its number, the greatest of the healthy, the least of the sick
 SIGNS: dict[str, tuple[Callable[[Twin], float], float, float]] = {
     "vanishing_gradients": (_vanishing, 2.2, 3.0),
-    "exploding_gradients": (lambda t: max([*t.decades(forward=False), t.leap()]), 2.2, 3.0),
+    "exploding_gradients": (_exploding, 2.2, 3.0),
     "vanishing_activations": (lambda t: _third([-d for d in t.decades(forward=True)]), 2.2, 3.0),
     "exploding_activations": (lambda t: max(t.decades(forward=True), default=0.0), 2.2, 3.0),
     "non_finite": (lambda t: len(t.bad) + sum(not math.isfinite(loss) for loss in t.losses), 0, 1),
@@ -331,6 +389,8 @@ SIGNS: dict[str, tuple[Callable[[Twin], float], float, float]] = {
     "collapsing_weights": (lambda t: t.drift(-1), 0.8, 1.0),
     "loss_spike": (lambda t: t.high_losses(), 2, 3),
     "stalled_loss": (lambda t: len(t.losses) >= 100 and not t.settled(), 0, 1),
+    "not_in_optimizer": (lambda t: sum(t.orphans), 0, 1),
+    "squashed_logits": (lambda t: len(t.bounded) > 0 and all(t.bounded), 0, 1),
     "no_gradient": (lambda t: len(t.silent) if sum(map(len, t.norms.values())) > 20 else 0, 0, 1),
 }
 

@@ -1,0 +1,128 @@
+"""Rules for what an optimizer is given: parameters that none has, gradients that nobody has cleared."""
+
+from __future__ import annotations
+
+from lightning_gradhealth.records import Condition, Severity, StepRecord, Unstepped
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict
+
+_ADD = (
+    'known = {id(p) for g in optimizer.param_groups for p in g["params"]}; optimizer.add_param_group('
+    '{"params": [p for p in model.parameters() if p.requires_grad and id(p) not in known]})'
+)
+
+
+class NotInOptimizer(Rule):
+    """Parameters that get a gradient and that no optimizer steps.
+
+    Beyond doubt it is a mistake where the optimizer steps parameters that the model no longer has, where the model
+    has gained them since, and where the model keeps layers in a Python list, of which torch knows nothing. Otherwise
+    it may be on purpose, as where a head alone is trained: an info. What changes nevertheless is stepped by somebody
+    else.
+    """
+
+    condition = Condition.NOT_IN_OPTIMIZER
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Collect those that have not moved for long enough; the surest mistake counts."""
+        if not record.unstepped:
+            return None if record.probed else NOT_MEASURED
+        seen: dict[str, list[float]] = self.memory.setdefault(
+            "seen", {}
+        )  # name -> norm, since when; one that moves: []
+        still = []
+        for entry in record.unstepped:
+            known = seen.setdefault(entry.name, [entry.norm, record.step])
+            if known and known[0] != entry.norm:
+                seen[entry.name] = []
+            elif known and record.step - known[1] >= self.thresholds.no_gradient_steps:
+                still.append(entry)
+        by_kind = {kind: [entry for entry in still if entry.kind == kind] for kind in (*_TEXTS, "replaced")}
+        if not any(by_kind[kind] for kind in _TEXTS):
+            return None
+        if by_kind["listed"]:
+            return self._verdict(by_kind["listed"], "listed", [], seen)
+        left_out = by_kind["held"] + by_kind["gained"]
+        if left_out and by_kind["replaced"]:
+            return self._verdict(left_out, "replaced", by_kind["replaced"], seen)
+        kind = next(kind for kind in ("gained", "held", "outside") if by_kind[kind])
+        return self._verdict(by_kind[kind], kind, [], seen)
+
+    def _verdict(
+        self, entries: list[Unstepped], kind: str, replaced: list[Unstepped], seen: dict[str, list[float]]
+    ) -> Verdict:
+        severity, what, remedy = _TEXTS[kind]
+        names = [entry.name for entry in entries]
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        gone = ", ".join(entry.name for entry in replaced[:3])
+        fixes = dict.fromkeys(entry.fix for entry in entries if entry.fix)
+        code = "; ".join([*fixes, _ADD]) if severity is Severity.WARNING and (fixes or kind != "listed") else ""
+        return Verdict(
+            severity=severity,
+            summary=what.format(shown=shown, count=len(names), gone=gone),
+            remedy=remedy,
+            layers=tuple(dict.fromkeys(entry.layer for entry in entries if entry.layer)),
+            evidence={"parameters": names, "replaced": [entry.name for entry in replaced]},
+            first_step=int(min(seen[name][1] for name in names)),
+            code=code,
+        )
+
+
+_TEXTS = {
+    "listed": (
+        Severity.WARNING,
+        "{count} parameters get a gradient but belong neither to the model nor to an optimizer, and stay as they began:"
+        " {shown}, of modules that are kept in a Python list or another plain object, not as modules of the model",
+        "keep them in an nn.ModuleList (nn.ModuleDict for a dict, nn.ParameterList for parameters), so that"
+        " model.parameters() holds them, and make the optimizer after that",
+    ),
+    "replaced": (
+        Severity.WARNING,
+        "{count} parameters of the model get a gradient but no optimizer steps them ({shown}), while the optimizer"
+        " holds parameters that the model does not have ({gone}): they were replaced after the optimizer was made",
+        "make the optimizer after the last change of the model, or give it the new parameters by"
+        " optimizer.add_param_group",
+    ),
+    "gained": (
+        Severity.WARNING,
+        "{count} parameters of the model get a gradient but no optimizer steps them ({shown}): they were made after the"
+        " optimizer",
+        "make these layers before the optimizer (in __init__, or by a forward pass first), or give them to it"
+        " by optimizer.add_param_group",
+    ),
+    "held": (
+        Severity.INFO,
+        "{count} parameters of the model get a gradient but no optimizer steps them: {shown}",
+        "if they are to stay as they are, parameter.requires_grad_(False) saves their gradients; else give them to the"
+        " optimizer",
+    ),
+    "outside": (
+        Severity.INFO,
+        "{count} tensors want a gradient but belong neither to the model nor to an optimizer: {shown}",
+        "if they are to stay as they are, requires_grad_(False) or torch.no_grad() saves their gradients; layers in a"
+        " Python list belong in an nn.ModuleList",
+    ),
+}
+
+
+class CarriedOver(Rule):
+    """The gradient of one step is still in `.grad` at the next: `zero_grad` is forgotten, gradients add up for good."""
+
+    condition = Condition.EXPLODING_GRADIENTS
+    patience = 2
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Hold what was left before the backward pass against what the optimizer was given after it."""
+        if record.carried is None:
+            return NOT_MEASURED
+        if record.carried < self.thresholds.carried_over:
+            return None
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=(
+                "gradients accumulate over the steps: what the optimizer had been given is still in .grad when the next"
+                f" backward pass begins, {100 * record.carried:.3g} % of the gradient that comes of it"
+            ),
+            remedy="optimizer.zero_grad() before the backward pass of every step; it seems to be missing",
+            evidence={"carried_over": record.carried},
+            code="optimizer.zero_grad()",
+        )
