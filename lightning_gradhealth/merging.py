@@ -72,6 +72,9 @@ def merged(records: Sequence[StepRecord]) -> StepRecord:
         chains=() if gains is None else gains.chains,
         temporal={name: flow for record in records for name, flow in record.temporal.items()},
         first_non_finite=next((r.first_non_finite for r in records if r.first_non_finite), ""),
+        unstepped=next((r.unstepped for r in reversed(records) if r.probed or r.unstepped), ()),
+        squashed=next((record.squashed for record in records if record.squashed), None),
+        carried=_extreme(max, (record.carried for record in records)),
         before=_counts([record.before for record in records], cut),
     )
 

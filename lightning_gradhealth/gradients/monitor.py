@@ -93,6 +93,7 @@ class GradientMonitor:
         self._open: dict[int, tuple[Row, WeightWatch, bool]] = {}
         self._hooks: dict[int, Any] = {}
         self._unstepped = UnsteppedWatch(self.layout)
+        self._saw_backward = False
         self._carried: dict[int, Tensor | float] = {}  # by optimizer: norm of what is left of the gradient before
 
     # --- every step ---
@@ -179,7 +180,9 @@ class GradientMonitor:
             row.cut = flags_of(decision.cut)
             if scaled:  # the scaler skips the step if one is not finite
                 row.cut = without_effect(row.cut, ~decision.total_norm.isfinite())
-        row.carried = self._carried.pop(number, None)
+        carried = self._carried.pop(number, None)
+        row.carried = carried if self._saw_backward else None
+        self._saw_backward = False
         self.rows.append(row)
         self._open.pop(number, None)
         if probe and pattern.slots:
@@ -277,6 +280,7 @@ class GradientMonitor:
 
         Where they were cleared before any of them, what follows is accumulated on purpose.
         """
+        self._saw_backward = True  # after one that was not seen nothing is known: it may have begun with none
         for number, optimizer in enumerate(self._optimizers):
             known = self._carried.get(number)
             if isinstance(known, float) or not self._observed[number]:
