@@ -125,6 +125,8 @@ class Judgement:
         graver = finding.severity.rank > known.severity.rank
         same = finding.severity is known.severity
         newer = same and (len(finding.layers) > len(known.layers) or finding.condition in self._running)
+        relents = any(rule.relents for rule in self.rules if str(rule.condition) == finding.condition)
+        newer = newer or (relents and finding.severity.rank < known.severity.rank)
         self.findings[finding.condition] = _with(finding if graver or newer else known, **merged)
         return graver
 

@@ -74,6 +74,34 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
+def kind_of(module: type[nn.Module]) -> str:
+    """What a class of modules is, as far as remedies depend on it; "" where it is none of what they know.
+
+    Example:
+        >>> kind_of(nn.Conv2d), kind_of(nn.BatchNorm1d), kind_of(nn.LSTM), kind_of(nn.Sequential)
+        ('conv2d', 'norm', 'recurrent', '')
+    """
+    return next((kind for kind, classes in _KINDS.items() if issubclass(module, classes)), "") or (
+        "norm" if module.__name__.lower().endswith("norm") else ""
+    )
+
+
+_CONV = nn.modules.conv
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "norm": (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    "conv1d": (_CONV.Conv1d, _CONV.ConvTranspose1d),
+    "conv2d": (_CONV.Conv2d, _CONV.ConvTranspose2d),
+    "conv3d": (_CONV.Conv3d, _CONV.ConvTranspose3d),
+    "recurrent": (nn.RNNBase, nn.RNNCellBase),
+    "attention": (nn.MultiheadAttention,),
+    "embedding": (nn.Embedding, nn.EmbeddingBag),
+    "linear": (nn.Linear, nn.Bilinear),
+    "relu": (nn.ReLU, nn.ReLU6),
+    "sigmoid": (nn.Sigmoid,),
+    "tanh": (nn.Tanh,),
+}
+
+
 def check_layers(layers: LayersSpec) -> LayersSpec:
     """Return `layers` if it is a valid grouping.
 
@@ -181,6 +209,7 @@ class Layout:
         slot_of: Slot of each parameter, by its identity.
         sizes: Number of elements of each slot, over all ranks.
         flat: Slots that are flat shards of FSDP1, of which a rank may hold nothing.
+        kinds: The kinds of all modules, each once, see `kind_of`.
 
     Example:
         >>> layout = Layout(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
@@ -202,12 +231,14 @@ class Layout:
         self._layers: list[tuple[str, str]] = []
         self._layer_of: dict[str, str] = {}
         self._cancelled: frozenset[int] | None = None
+        self.kinds: tuple[str, ...] = ()
         self.refresh()
 
     def refresh(self) -> None:
         """Append slots for parameters that the model has gained; slots once given keep their places."""
         root = name_of(self.model)
         modules = dict(self.model.named_modules())
+        self.kinds = tuple(sorted({kind for module in modules.values() if (kind := kind_of(class_of(module)))}))
         for path, module in modules.items():
             owner = _PARAMETRIZED.sub("", clean_name(f"{path}.")).rstrip(".")
             whose = modules.get(_PARAMETRIZED.sub("", path), module)
@@ -249,6 +280,11 @@ class Layout:
         units, groups = _units(module, name.rpartition(".")[2], parameter.ndim)
         self.slots.append(Slot(name, parameter, self._number[layer], owner, is_bias, embedding, kind, units, groups))
         self._cancelled = None
+
+    def kind(self, layer: int) -> str:
+        """What a layer is: the first kind of its modules that is no norm, or else a norm; "" where none is known."""
+        kinds = [kind for slot in self.members[layer] if (kind := kind_of(self.slots[slot].kind))]
+        return next((kind for kind in kinds if kind != "norm"), next(iter(kinds), ""))
 
     def layer_of(self, module: str) -> str:
         """The layer that the parameters of a module belong to, by the module's clean path; "" if it owns none."""

@@ -114,6 +114,7 @@ class LayerStats(Record):
         grad_to_weight: `|g| / |w|` (probed steps).
         update_to_weight: `|dw| / |w|` of one optimizer step (probed steps, from a fixed sample).
         learning_rate: The largest rate of its parameter groups.
+        weight_decay: The largest decay of its parameter groups (None: their optimizer has none to set).
         frozen: No parameter of the layer requires a gradient.
         without_grad: Trainable parameters of the layer, in the optimizer, that have never had a gradient.
         no_gradient_since: The loggers' x value since when that has been so.
@@ -133,6 +134,7 @@ class LayerStats(Record):
         forward_histogram: Elements of its output by magnitude, at most 512 of them: 32 bins, each a factor of 4,
             from 2^-32 on; what is smaller or larger is in the first or last. Empty: not measured.
         optimizer: Index of the optimizer that steps it, the first of several (None: none does).
+        kind: What it is: "linear", "conv1d" to "conv3d", "recurrent", "embedding", "attention", "norm", or "".
 
     Example:
         >>> LayerStats("net.0", grad_norm=0.5, norm_ratio=1.0)
@@ -153,6 +155,7 @@ class LayerStats(Record):
     grad_to_weight: float | None = None
     update_to_weight: float | None = None
     learning_rate: float | None = None
+    weight_decay: float | None = None
     frozen: bool = False
     without_grad: tuple[str, ...] = ()
     no_gradient_since: int | None = None
@@ -171,6 +174,7 @@ class LayerStats(Record):
     full_fraction: float | None = None
     saturated_fraction: float | None = None
     forward_histogram: tuple[int, ...] = ()
+    kind: str = ""
 
     def __repr__(self) -> str:
         shown = ", ".join(
@@ -241,6 +245,7 @@ class StepStats(Record):
         loss: The training loss of the step, or None where it is not known.
         non_finite: A gradient had a NaN or Inf.
         overflow: The loss scaler met one and skips the step, as it does now and then.
+        scaled: A loss scaler is at work: it skips every step with a NaN or Inf, whatever that came from.
         skipped: The step was skipped, by `on_non_finite`; None where nothing skips.
         origin: Where a NaN or Inf came from, where that was looked into.
         origin_unknown: Why that was not found out.
@@ -274,6 +279,26 @@ class StepStats(Record):
     acted: bool | None = None
     would_clip: float | None = None
     applied_norm: float | None = None
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerStats(Record):
+    """What an optimizer is, as of a logged step.
+
+    Attributes:
+        optimizer: Its index.
+        name: Its class.
+        momentum: The largest momentum of its groups, of SGD and its like (None: it has none to set).
+
+    Example:
+        >>> OptimizerStats(0, "SGD", momentum=0.9).name
+        'SGD'
+    """
+
+    optimizer: int
+    name: str = ""
+    momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -326,6 +351,8 @@ class StepRecord(Record):
         squashed: What is wrong with the logits of the loss, where a softmax or a sigmoid stands before it.
         carried: Least share, in norm, of what was left in `.grad` before the backward passes of the probed step in what
             the optimizer was given; 0 where it was cleared (None: not measured).
+        optimizers: What the optimizers are.
+        kinds: What the network is made of: the kinds of its modules, as in `LayerStats.kind`.
 
     Example:
         >>> StepRecord(step=9, total_norm=2.0)
@@ -349,6 +376,8 @@ class StepRecord(Record):
     unstepped: tuple[Unstepped, ...] = ()
     squashed: SquashedLogits | None = None
     carried: float | None = None
+    optimizers: tuple[OptimizerStats, ...] = ()
+    kinds: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"StepRecord(step={self.step}, total_norm={_number(self.total_norm)}, layers={len(self.layers)})"

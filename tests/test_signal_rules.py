@@ -23,7 +23,7 @@ from lightning_gradhealth import (
     TemporalFlow,
 )
 from lightning_gradhealth.judgement import Judgement
-from lightning_gradhealth.rules.remedies import for_dead, for_depth, for_saturated, for_time
+from lightning_gradhealth.rules.remedies import Makeup, chief, for_dead, for_depth, for_saturated, for_time
 
 
 def signals(
@@ -241,17 +241,33 @@ def test_no_symptom_stands_before_its_cause() -> None:
 
 
 def test_remedies_fit_the_case() -> None:
-    assert "nn.ReLU()" in for_depth(True, ["sigmoid"] * 3 + ["relu"])
-    assert 'scheme="he"' in for_depth(True, ["relu6", "relu", "tanh"])
-    assert "tanh" in for_depth(False, ["tanh"])
-    assert "clip" in for_depth(False, [])
-    assert "clip" not in for_depth(True, [])
-    assert "bias" in for_dead(-10.0, 10.1)
-    assert "bias" not in for_dead(0.1, 1.0)
-    assert "queries" in for_saturated("attention")
-    assert "LSTM" in for_time(True)
-    for text in (for_depth(True, []), for_dead(None, None), for_saturated("tanh"), for_time(False)):
-        assert "\n" not in text
+    assert chief(["relu6", "relu", "tanh"]) == "relu"
+    assert "nn.ReLU()" in for_depth(True, Makeup(activation="sigmoid")).words
+    assert 'scheme="he"' in for_depth(True, Makeup(activation="relu")).words
+    assert "tanh" in for_depth(False, Makeup(activation="tanh")).words
+    assert "clip" in for_depth(False, Makeup()).words
+    assert "clip" not in for_depth(True, Makeup()).words
+    low, near = (LayerStats("0", forward_mean=mean, forward_rms=10.1, bias_grad_rms=0.0) for mean in (-10.0, 0.1))
+    assert "bias" in for_dead([low], Makeup(), None, died=False).words
+    assert "bias" not in for_dead([near], Makeup(), None, died=False).words
+    attention = LayerStats("q", activation="attention")
+    assert "queries" in for_saturated([attention], Makeup(), None, came=False).words
+    assert "LSTM" in for_time(True).words
+    for remedy in (for_depth(True, Makeup()), for_dead([], Makeup(), None, died=True), for_time(False)):
+        assert "\n" not in remedy.words
+
+
+def test_no_remedy_offers_what_the_network_has() -> None:
+    """Norms by the dimension of the layers; neither norms nor residual connections where there are some."""
+    plain = for_depth(True, Makeup(kinds=("conv2d",), main="conv2d")).words
+    assert "nn.BatchNorm2d" in plain
+    assert "BatchNorm1d" not in plain
+    assert "nn.BatchNorm3d" in for_depth(True, Makeup(main="conv3d")).words
+    assert "nn.LayerNorm" in for_depth(True, Makeup(main="recurrent")).words
+    full = for_depth(True, Makeup(kinds=("linear", "norm"), main="linear", residual=True)).words
+    assert not {"Norm", "residual"} & set(full.replace("(", " ").split())
+    assert "Norm" not in full
+    assert "x + f(x)" not in full
 
 
 def test_a_finding_of_a_signal_survives_json() -> None:

@@ -17,22 +17,27 @@ from lightning_gradhealth.gradients.rows import Floats, HostRow
 from lightning_gradhealth.layers import Layout
 from lightning_gradhealth.merging import last_norm
 from lightning_gradhealth.ratios import fitted_gain, norm_ratios
-from lightning_gradhealth.records import LayerStats, SquashedLogits, StepRecord, StepStats, Unstepped
+from lightning_gradhealth.records import LayerStats, OptimizerStats, SquashedLogits, StepRecord, StepStats, Unstepped
 
 Missing = Mapping[int, tuple[int, int]]
 
 
-def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> StepRecord:
+Groups = Mapping[int, tuple[OptimizerStats, tuple[float | None, ...]]]
+
+
+def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing, groups: Groups) -> StepRecord:
     """Make the record of a window.
 
     Args:
         layout: The slots and layers.
         rows: The steps of the window, at least one.
         missing: Slots that have never had a gradient: the x value since when, and the steps for which.
+        groups: By optimizer, what it is, and the weight decay of each parameter group.
     """
     table = _Table(layout)
     for row in rows:
         table.add(row)
+        table.decay_of(row, groups.get(row.row.optimizer, (None, ()))[1])
     layers = _layers(layout, table, missing)
     window = tuple(_step(row) for row in rows)
     finite = [s.total_norm for s in window if s.total_norm is not None and math.isfinite(s.total_norm)]
@@ -54,6 +59,8 @@ def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing) -> St
         unstepped=_unstepped(rows),
         squashed=next((SquashedLogits(**row.row.squashed) for row in rows if row.row.squashed), None),
         carried=max((share for row in rows if (share := _carried(row)) is not None), default=None),
+        optimizers=tuple(stats for _, (stats, _) in sorted(groups.items())),
+        kinds=layout.kinds,
     )
 
 
@@ -92,6 +99,7 @@ def _step(row: HostRow) -> StepStats:
         loss=row.loss,
         non_finite=not row.overflow and not bool(np.isfinite(row.norms).all()),
         overflow=row.overflow,
+        scaled=row.row.scaled,
         learning_rate=max((rate for rate in row.row.rates if rate is not None), default=None),
         skipped=None if row.row.skip is None else row.skipped,
         origin=row.row.origin,
@@ -116,6 +124,7 @@ class _Table:
         self.present = np.zeros(slots, dtype=bool)  # it had one at its optimizer's last step
         self.owner = np.full(slots, -1)
         self.rate: Floats = np.full(slots, np.nan)
+        self.decay: Floats = np.full(slots, np.nan)
         self.squares: Floats = np.zeros((4, slots))  # of weights, samples, updates and gradients, at probes
         self.applied: Floats = np.full(slots, np.nan)  # norm of what the optimizer was given, at probes
         self.peak: Floats = np.zeros(layers)
@@ -132,6 +141,13 @@ class _Table:
         with np.errstate(over="ignore", invalid="ignore"):
             norms: Floats = np.sqrt(self.by_layer(np.where(self.present, self.value, 0.0) ** 2))
         return norms
+
+    def decay_of(self, row: HostRow, decays: Sequence[float | None]) -> None:
+        """Take in the weight decay of each parameter group of a step's optimizer, unless it has other groups by now."""
+        owned, groups, _ = row.row.pattern.arrays
+        if len(groups) and int(groups.max()) < len(decays):
+            values = np.array([np.nan if decay is None else decay for decay in decays])
+            self.decay[owned] = values[groups]
 
     def add(self, row: HostRow) -> None:
         """Take in one step."""
@@ -158,6 +174,10 @@ class _Table:
             squares = (row.weights**2, scale * row.sampled**2, scale * updates**2, row.norms**2)
             self.squares[:, slots] = np.stack(squares)
             self.probed[slots] = True
+
+
+def _largest(values: Floats) -> float | None:
+    return max((float(value) for value in values if not math.isnan(value)), default=None)
 
 
 def _components(table: _Table) -> dict[int, int]:
@@ -199,7 +219,6 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
         slots = layout.members[layer]
         lacking = [slot for slot in slots if slot in missing]
         weight, sample, update = float(weights[layer]), float(samples[layer]), float(updates[layer])
-        rates = [float(table.rate[slot]) for slot in slots if not math.isnan(table.rate[slot])]
         return LayerStats(
             name=layout.names[layer],
             numel=int(numel[layer]),
@@ -212,7 +231,8 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
             weight_norm=weight if table.probed[slots].any() else None,
             grad_to_weight=float(gradients[layer]) / weight if weight else None,
             update_to_weight=update / sample if sample and not math.isnan(update) else None,
-            learning_rate=max(rates, default=None),
+            learning_rate=_largest(table.rate[slots]),
+            weight_decay=_largest(table.decay[slots]),
             frozen=not any(layout.slots[slot].parameter.requires_grad for slot in slots),
             vectors=all(layout.slots[slot].parameter.ndim < 2 and slot not in layout.flat for slot in slots),
             cancelled=all(slot in layout.cancelled_slots() for slot in slots),
@@ -220,6 +240,7 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
             no_gradient_since=min((missing[slot][0] for slot in lacking), default=None),
             steps_without_grad=max((missing[slot][1] for slot in lacking), default=0),
             optimizer=owners.get(layer),
+            kind=layout.kind(layer),
         )
 
     return tuple(one(layer) for layer in order)

@@ -16,7 +16,15 @@ from lightning_gradhealth.gradients.clipping import Clipper, Gradients, summed_u
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
-from lightning_gradhealth.gradients.optimizers import bare, check_optimizer, check_scaler, rate, still_scaled, unscaled
+from lightning_gradhealth.gradients.optimizers import (
+    bare,
+    check_optimizer,
+    check_scaler,
+    described,
+    rate,
+    still_scaled,
+    unscaled,
+)
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.gradients.unstepped import UnsteppedWatch, sizes_of
 from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
@@ -384,7 +392,11 @@ class GradientMonitor:
             windows[-1].append(row)
         full = [window for window in windows if window]
         # what is missing is known as of now: it belongs to the latest record only
-        return [make_record(self.layout, window, self._without_grad if window is full[-1] else {}) for window in full]
+        groups = {number: described(number, optimizer) for number, optimizer in enumerate(self._optimizers)}
+        return [
+            make_record(self.layout, window, self._without_grad if window is full[-1] else {}, groups)
+            for window in full
+        ]
 
     def flush(self) -> StepRecord:
         """Read everything since the last flush in one transfer, and start a new window.

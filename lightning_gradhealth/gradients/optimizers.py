@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_gradhealth.records import OptimizerStats
 from lightning_gradhealth.validation import wrong
 
 
@@ -66,8 +67,30 @@ def check_scaler(grad_scaler: Any) -> GradScaler | None:
 
 def rate(group: dict[str, Any]) -> float | None:
     """The learning rate of a parameter group, where it can be had without a host read."""
-    rate = group.get("lr")
-    return float(rate) if isinstance(rate, (int, float)) else None
+    return _plain(group.get("lr"))
+
+
+def described(number: int, optimizer: Optimizer) -> tuple[OptimizerStats, tuple[float | None, ...]]:
+    """What an optimizer is, and the weight decay of each of its groups, where they are plain numbers.
+
+    Args:
+        number: Its index.
+        optimizer: The optimizer.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> described(0, torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01))
+        (OptimizerStats(optimizer=0, name='SGD', momentum=0.9), (0.01,))
+    """
+    groups = optimizer.param_groups
+    momenta = [value for group in groups if (value := _plain(group.get("momentum"))) is not None]
+    stats = OptimizerStats(number, type(optimizer).__name__, max(momenta, default=None))
+    return stats, tuple(_plain(group.get("weight_decay")) for group in groups)
+
+
+def _plain(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def still_scaled(optimizer: Optimizer, scaler: GradScaler) -> bool:

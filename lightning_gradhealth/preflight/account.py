@@ -110,7 +110,7 @@ class Account:
         Args:
             ignore: Conditions to mute, as condition -> regex of layer names.
         """
-        record = StepRecord(step=0, layers=self._layers(), probed=True)
+        record = StepRecord(step=0, layers=self._layers(), probed=True, kinds=self.layout.kinds)
         record = with_signals(record, [] if self.signals is None else [self.signals], self.layout.layer_of)
         judgement = Judgement(self._rules(record), dict(ignore))
         judgement.add(record)
@@ -150,6 +150,7 @@ class Account:
                 frozen=frozen,
                 without_grad=tuple(slot.name for slot in silent),
                 optimizer=None if frozen else 0,
+                kind=self.layout.kind(index),
             )
             found.append(stats)
         rms = [None if la.grad_norm is None else la.grad_norm / math.sqrt(max(1, la.numel)) for la in found]

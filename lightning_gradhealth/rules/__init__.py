@@ -8,19 +8,18 @@ from lightning_gradhealth.rules.depth import ActivationDepth, DepthRule
 from lightning_gradhealth.rules.gradients import (
     ExplodingInTime,
     NoGradient,
-    NonFinite,
     VanishingInTime,
 )
 from lightning_gradhealth.rules.logits import SquashedOnce
+from lightning_gradhealth.rules.loss import LossSpike, StalledLoss
+from lightning_gradhealth.rules.non_finite import NonFinite
 from lightning_gradhealth.rules.optimizer import CarriedOver, NotInOptimizer
 from lightning_gradhealth.rules.signals import DeadUnits, ExplodingThroughTime, SaturatedUnits, VanishingThroughTime
 from lightning_gradhealth.rules.training import (
     CollapsingWeights,
     GrowingWeights,
-    LossSpike,
     OversizedUpdates,
     StalledLayers,
-    StalledLoss,
 )
 
 

@@ -50,6 +50,9 @@ class Thresholds:
         stalled_probes: Probes in a row for that.
         overflow_steps: Steps in a row that a loss scaler skips before it is no longer its everyday business;
             halving the scale 20 times brings any usual one below 1.
+        grown: Factor by which the last gradient norms, or losses, before NaN or Inf stand out of those before for it
+            to be the end of a growth; else it came out of the blue. Measured: healthy <= 4.
+        huge: A gradient norm that no training works at, and from which float32 is not far from its end.
         skipped_in_a_row: Steps in a row that `on_non_finite` skips before it ends the run: it would not come back.
         no_gradient_steps: Steps without any gradient before a parameter is reported.
         carried_over: Share, in norm, of what an earlier step has left in `.grad` in the gradient of a step: less than
@@ -94,6 +97,8 @@ class Thresholds:
     moving_update: float = 1e-4
     stalled_probes: int = 3
     overflow_steps: int = 20
+    grown: float = 10.0
+    huge: float = 1e12
     skipped_in_a_row: int = 25
     no_gradient_steps: int = 20
     carried_over: float = 0.01
@@ -196,6 +201,7 @@ class Rule:
     per_layer: bool = False
     needs_support: bool = False  # on its own it is worth an info; a warning only beside another finding
     running: bool = False  # of its findings the latest account counts, not the first
+    relents: bool = False  # what turns out not to hinder the run becomes an info again
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         if thresholds is not None:
@@ -301,31 +307,3 @@ def by_optimizer(record: StepRecord) -> Iterator[list[LayerStats]]:
     numbers = {layer.optimizer for layer in record.layers if layer.optimizer is not None}
     for number in sorted(numbers):
         yield [layer for layer in record.layers if layer.optimizer == number and not layer.frozen]
-
-
-def follow_loss(rule: Rule, record: StepRecord) -> None:
-    """Keep the run's first losses and its latest ones, `growth_window` of each, in the memory of a rule.
-
-    Args:
-        rule: The rule.
-        record: The record at hand.
-    """
-    size = rule.thresholds.growth_window
-    early, late = followed_losses(rule)
-    for step in record.window:
-        keep_last(early if len(early) < size else late, step.loss, size)
-
-
-def followed_losses(rule: Rule) -> tuple[list[float], list[float]]:
-    """The first losses and the latest ones that `follow_loss` has kept.
-
-    Args:
-        rule: The rule.
-
-    Example:
-        >>> followed_losses(Rule())
-        ([], [])
-    """
-    # no layer is called like that: rules keep what they know of layers by name
-    kept = rule.memory.setdefault("the loss", {"early": [], "late": []})
-    return kept["early"], kept["late"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_gradhealth.records import Condition, Severity, StepRecord, StepStats
 from lightning_gradhealth.rules.base import Rule, Verdict
+from lightning_gradhealth.rules.remedies import in_groups
 
 
 class AdaptiveClipping(Rule):
@@ -30,9 +31,10 @@ class AdaptiveClipping(Rule):
         return Verdict(
             severity=Severity.WARNING if lives_on_it else Severity.INFO,
             summary=self._account(),
+            code=in_groups('group["lr"] *= 0.1') if lives_on_it else "",
             remedy=(
-                "a smaller learning rate or a warm-up of it, a normalisation layer or gh.init_weights(model): the run"
-                " lives on being clipped"
+                "a smaller learning rate (a tenth) or a warm-up of it, a normalisation layer or"
+                " gh.init_weights(model, batch): the run lives on being clipped"
                 if lives_on_it
                 else "none while it is rare; if it recurs, a smaller learning rate or a warm-up of it, unless such"
                 " steps are meant to be large"

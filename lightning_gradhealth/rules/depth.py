@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lightning_gradhealth.flows import ChainPoint, SignalChain
@@ -16,10 +16,9 @@ from lightning_gradhealth.rules.base import (
     Thresholds,
     Verdict,
     by_optimizer,
-    follow_loss,
-    followed_losses,
 )
-from lightning_gradhealth.rules.remedies import for_depth
+from lightning_gradhealth.rules.course import follow_loss, follow_updates, followed_updates, has_learned
+from lightning_gradhealth.rules.remedies import Makeup, Remedy, for_decay, for_depth, for_depth_in_training
 
 BACK, FORTH = "on the way to the first layers", "on the way to the last layers"
 
@@ -118,6 +117,7 @@ class _Depth(Rule):
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge every chain that is long enough; the worst one counts."""
         follow_loss(self, record)
+        follow_updates(self, record)
         answers = [self._judge(chain, record) for chain in self._chains(record)]
         verdicts = [answer for answer in answers if answer is not None]
         worst = max(verdicts, key=lambda verdict: Severity(verdict.severity).rank, default=None)
@@ -143,6 +143,20 @@ class _Depth(Rule):
     def _depth(self, rms: Sequence[float]) -> DepthVerdict | None:
         return judge_depth(rms, vanishing=self.vanishing, thresholds=self.thresholds, eased=self.active)
 
+    def _start(self, rms: Sequence[float]) -> None:
+        """Keep the ratio of the first probe at which a signal came through; `rms` as for `judge_depth`."""
+        if self.memory.get("at_start") is None and rms and rms[0] > 0.0 and rms[-1] > 0.0:
+            quarter = max(1, len(rms) // 4)
+            far, near = median(rms[:quarter]), median(rms[-quarter:])
+            self.memory["at_start"] = far / near if near > 0.0 else None
+
+    def _remedy(self, record: StepRecord, layers: Collection[str]) -> Remedy:
+        """By whether it was there from the start, or came with training."""
+        start, limit = self.memory.get("at_start"), math.sqrt(self.thresholds.depth_ratio)
+        if start is None or not (start > limit if self.vanishing else start < 1.0 / limit):
+            return for_depth(self.vanishing, Makeup.of(record, layers))
+        return for_depth_in_training(followed_updates(self), for_decay(record, layers), start)
+
     def _verdict(self, found: DepthVerdict, points: Sequence[ChainPoint], record: StepRecord, way: str) -> Verdict:
         """In words. `points` are in the order of `found`: the signal travels from the last to the first."""
         first, last = points[0], points[-1]
@@ -153,13 +167,18 @@ class _Depth(Rule):
         )
         reach = f", gain {found.gain:.2g} per layer" if found.gain is not None else ""
         verb = "vanish" if self.vanishing else "explode"
+        layers = _in_order(points[place].layer for place in (found.hit if way == BACK else found.hit[::-1]))
+        remedy = self._remedy(record, layers)
+        grave = Severity.CRITICAL if found.critical else Severity.WARNING
         return Verdict(
-            severity=Severity.CRITICAL if found.critical else Severity.WARNING,
+            severity=Severity.INFO if self.vanishing and has_learned(self) else grave,
             summary=f"{self.noun} {verb} {way}: over {len(points)} layers {share}{reach}",
-            remedy=for_depth(self.vanishing, [layer.activation for layer in record.layers]),
-            layers=_in_order(points[place].layer for place in (found.hit if way == BACK else found.hit[::-1])),
+            remedy=remedy.words,
+            code=remedy.code,
+            layers=layers,
             evidence={
                 "first_to_last": found.ratio,
+                "at_start": self.memory.get("at_start"),
                 "fitted_gain": found.gain,
                 "layers_measured": len(points),
                 "depth_limit": depth_limit(found.gain, self.thresholds.depth_ratio),
@@ -188,6 +207,7 @@ class DepthRule(_Depth):
 
     def _judge(self, chain: SignalChain, record: StepRecord) -> Verdict | None:
         rms = [point.backward_rms or 0.0 for point in chain.points]
+        self._start(rms)
         if self.vanishing and (blocked := self._blocked(chain, record)):
             return blocked
         found = self._depth(rms)
@@ -203,9 +223,7 @@ class DepthRule(_Depth):
         passed = [place for place, value in enumerate(rms) if value > 0.0]
         cut = passed[0] if passed else 0
         key = f"blocked{chain.optimizer}"
-        early, late = followed_losses(self)
-        has_learned = bool(late) and median(late) < 0.5 * median(early)
-        if not cut or has_learned:  # where there is nothing left to learn, gradients end in zeros
+        if not cut or has_learned(self):  # where there is nothing left to learn, gradients end in zeros
             self.memory.pop(key, None)
             return None
         since = self.memory.setdefault(key, record.step)
@@ -229,6 +247,7 @@ class ActivationDepth(_Depth):
     def _judge(self, chain: SignalChain, record: StepRecord) -> Verdict | None:
         points = chain.points[::-1]
         rms = [point.forward_rms or 0.0 for point in points]
+        self._start(rms)
         found = self._depth(rms)
         if found is None:
             return None

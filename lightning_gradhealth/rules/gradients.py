@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
 
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, Severity, StepRecord, StepStats
@@ -14,6 +14,8 @@ from lightning_gradhealth.rules.base import (
     Verdict,
     keep_last,
 )
+from lightning_gradhealth.rules.course import follow_updates, followed_updates
+from lightning_gradhealth.rules.remedies import Remedy, for_rate
 
 
 class ExplodingInTime(Rule):
@@ -28,6 +30,7 @@ class ExplodingInTime(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge every step of the window, in order."""
+        follow_updates(self, record)
         leaps: list[tuple[float, StepStats]] = []
         for step in record.window:
             recent = self.memory.setdefault(f"recent{step.optimizer}", [])
@@ -46,23 +49,22 @@ class ExplodingInTime(Rule):
         if not leaps:
             return None
         factor, step = max(leaps, key=lambda leap: leap[0])
+        updates = followed_updates(self)
+        remedy = Remedy(
+            'GradHealth(clip="adaptive"), a smaller learning rate or a warm-up of it; look at the batch of that step'
+            f" (step {leaps[0][1].step}) if it happened once",
+            'health_arguments["clip"] = "adaptive"',
+        )
+        if updates is not None and updates.largest > self.thresholds.update_at_once:  # it is the steps that do it
+            remedy = for_rate(updates, '; GradHealth(clip="adaptive")')
         return Verdict(
             severity=Severity.CRITICAL,
             summary=f"the gradient norm leapt to {step.total_norm:.2g}, {factor:.1e} times its usual size",
-            remedy=(
-                'GradHealth(clip="adaptive"), a smaller learning rate or a warm-up of it; look at the batch of that'
-                " step if it happened once"
-            ),
+            remedy=remedy.words,
+            code=remedy.code,
             evidence={"total_norm": step.total_norm, "factor": factor},
             first_step=leaps[0][1].step,
         )
-
-
-def _seen(module: str) -> str:
-    """What a probe has seen first that is not finite, in words."""
-    if not module or " " not in module:
-        return f"the first output that is not finite is that of {module}" if module else ""
-    return f"{module} is not finite already"
 
 
 def _norm_in_effect(step: StepStats) -> float | None:
@@ -83,6 +85,7 @@ class VanishingInTime(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Hold the recent norms and losses against the run's first ones."""
+        follow_updates(self, record)
         size = self.thresholds.growth_window
         for step in record.window:
             for name, value in (("norm", step.total_norm), ("loss", step.loss)):
@@ -108,100 +111,16 @@ class VanishingInTime(Rule):
         start, loss = median(early_loss), median(late_loss)
         if now >= before / self.thresholds.time_ratio or loss <= start - self.thresholds.stalled_fall * abs(start):
             return None
+        remedy = for_rate(
+            followed_updates(self), "; units may have died or saturated: LeakyReLU or ELU where ReLU units died"
+        )
         return Verdict(
             severity=Severity.WARNING,
             summary=f"the gradient norm has fallen from {before:.2g} to {now:.2g}, but the loss is still {loss:.3g}",
-            remedy=(
-                "a smaller learning rate and gh.init_weights(model, ...): units may be dead or saturated; LeakyReLU or"
-                " ELU where ReLU units died"
-            ),
+            remedy=remedy.words,
+            code=remedy.code,
             evidence={"norm_before": before, "norm_now": now, "loss_before": start, "loss_now": loss},
         )
-
-
-class NonFinite(Rule):
-    """NaN or Inf in a gradient, or in the loss: the exact step; the layers where it was not everywhere."""
-
-    condition = Condition.NON_FINITE
-    running = True  # the origin may be found at a later step
-
-    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
-        """Name the first step of the window with a NaN or Inf."""
-        bad = []
-        for step in record.window:
-            skipped = self.memory.get("skipped", []) if step.overflow else []
-            self.memory["skipped"] = [*skipped, step.step][: self.thresholds.overflow_steps] if step.overflow else []
-            loss_is_bad = step.loss is not None and not math.isfinite(step.loss)
-            if step.non_finite or loss_is_bad or len(self.memory["skipped"]) >= self.thresholds.overflow_steps:
-                bad.append(step)
-        if not bad:
-            return None
-        account = self.memory.get("account") or self._first_account(record, bad)
-        self.memory["account"] = account
-        account["steps"] += len(bad)
-        account["skipped"] += sum(bool(step.skipped) for step in bad)
-        for known in ("origin", "origin_unknown"):
-            account[known] = account.get(known) or next((why for step in bad if (why := getattr(step, known))), "")
-        origin, skipped = account["origin"] or account["seen"], account["skipped"]
-        where = account["where"]
-        if account["gradients"]:
-            why = f" ({account['origin_unknown']})" if account["origin_unknown"] else ""
-            unknown = f", origin unknown{why}" if why or not account["layers"] else ""
-            where += f"; {origin}" if origin else unknown
-        if skipped:
-            where += f"; {skipped} of {account['steps']} such steps skipped"
-        return Verdict(
-            # a warning while no weight was touched
-            severity=Severity.WARNING if skipped == account["steps"] else Severity.CRITICAL,
-            summary=f"{account['what']} NaN or Inf{where}",
-            remedy=(
-                "a smaller learning rate or a warm-up, Trainer(gradient_clip_val=1.0); look for log(0), division by 0"
-                " and bad values in the batch of that step: "
-                + (
-                    "Trainer(detect_anomaly=True) names the operation"
-                    if origin or skipped
-                    else 'GradHealth(on_non_finite="skip") keeps the weights and names the module'
-                )
-            ),
-            layers=tuple(account["layers"]),
-            evidence={
-                "steps": account["steps"],
-                "skipped": skipped,
-                "layers_hit": account["layers_hit"],
-                "loss": account["loss"],
-                "origin": origin,
-            },
-            first_step=account["first"],
-        )
-
-    def _first_account(self, record: StepRecord, bad: list[StepStats]) -> dict[str, Any]:
-        """What the first such steps show; the origin may be found later, and how many were skipped is counted on."""
-        first = bad[0]
-        steps = sum(step.non_finite for step in bad if step.optimizer == first.optimizer)
-        watched = [layer for layer in record.layers if layer.optimizer == first.optimizer]
-        # NaN stays and spreads: the layers hit at the first step are those hit at every one
-        hit = [layer.name for layer in watched if layer.non_finite and layer.non_finite >= steps]
-        everywhere = len(hit) in (0, len(watched))
-        what, where = "the loss is", ""
-        if first.non_finite:
-            what = "gradients are"
-            where = " in every layer" if everywhere else f" in {len(hit)} of {len(watched)} layers"
-        elif first.overflow:
-            what = f"the loss scaler has skipped {self.thresholds.overflow_steps} steps in a row: gradients are"
-        seen = record.first_non_finite if first.step == record.step else ""  # one step later NaN is everywhere
-        return {
-            "what": what,
-            "where": where,
-            "gradients": first.non_finite,
-            "layers": [] if everywhere else hit,
-            "layers_hit": len(hit),
-            "loss": first.loss,
-            "first": self.memory["skipped"][0] if first.overflow else first.step,
-            "steps": 0,
-            "skipped": 0,
-            "origin": "",
-            "seen": _seen(seen),
-        }
 
 
 class NoGradient(Rule):
@@ -220,14 +139,26 @@ class NoGradient(Rule):
             return None
         names = [name for layer in silent for name in layer.without_grad]
         steps = max(layer.steps_without_grad for layer in silent)
+        remedy = self._for_strangers(names) or Remedy(
+            "use them in the forward pass, or leave them out: parameter.requires_grad_(False); a detach() or"
+            " no_grad() on the way cuts them off too"
+        )
         return Verdict(
             severity=Severity.WARNING,
             summary=f"{len(names)} trainable parameters have had no gradient in {steps} steps ({', '.join(names[:3])})",
-            remedy=(
-                "use them in the forward pass, or leave them out: parameter.requires_grad_(False); a detach() or"
-                " no_grad() on the way cuts them off too"
-            ),
+            remedy=remedy.words,
+            code=remedy.code,
             layers=tuple(layer.name for layer in silent),
             evidence={"parameters": names, "steps": steps},
             first_step=min(since for la in silent if (since := la.no_gradient_since) is not None),
+        )
+
+    def _for_strangers(self, names: list[str]) -> Remedy | None:
+        """Parameters that an optimizer holds, but the model does not: they were replaced after it was made."""
+        if not all(re.fullmatch(r"optimizer\d+\.\d+", name) for name in names):
+            return None
+        return Remedy(
+            "the optimizer holds parameters that the model no longer has: make it after the last layer is in its"
+            " place, optimizer = ...(model.parameters()), or give it the new ones",
+            'optimizer.param_groups[0]["params"] = [p for p in model.parameters() if p.requires_grad]',
         )

@@ -7,46 +7,66 @@ import math
 from lightning_gradhealth.flows import TemporalFlow
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord
-from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, follow_loss, followed_losses
-from lightning_gradhealth.rules.remedies import for_dead, for_saturated, for_time
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict
+from lightning_gradhealth.rules.course import (
+    follow_loss,
+    follow_updates,
+    followed_losses,
+    followed_updates,
+    has_learned,
+    is_learning,
+)
+from lightning_gradhealth.rules.remedies import Makeup, Remedy, for_dead, for_saturated, for_time
 
 
 class _Units(Rule):
-    """Layers of which so large a share of the units is bad."""
+    """Layers of which so large a share of the units is bad.
+
+    Where the network learns all the same, it is worth an info; after a warning, once the loss has fallen to a fifth.
+    """
 
     per_layer = True
+    relents = True
     fraction: str
     what: str
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge the layers whose units were measured."""
-        self._watch(record)
+        follow_loss(self, record)
+        follow_updates(self, record)
         known = [(layer, getattr(layer, self.fraction)) for layer in record.layers]
         measured = [(layer, share) for layer, share in known if share is not None]
         if not measured:
             return NOT_MEASURED
         bad = {layer.name: share for layer, share in measured if self._is_bad(layer, share)}
         before = self.memory.setdefault("bad", {})
+        sound = self.memory.setdefault("sound", [])
         for layer, _ in measured:  # layers take turns: each has its samples together at steps of its own
             before.pop(layer.name, None)
+            if layer.name not in bad and layer.name not in sound:
+                sound.append(layer.name)
         before.update(bad)
         if not before:
             return None
         worst, share = max(before.items(), key=lambda item: item[1])
         layer = next((layer for layer in record.layers if layer.name == worst), record.layers[0])
+        hit = sorted((la for la in record.layers if la.name in before), key=lambda la: -before[la.name])
+        updates = followed_updates(self)
+        replaced = updates is not None and updates.largest > self.thresholds.update_at_once
+        remedy = self._remedy(hit, record, came=replaced or worst in sound)
+        severity = self._severity(share)
+        self.memory["warned"] = self.memory.get("warned", False) or severity is not Severity.INFO
         return Verdict(
-            severity=self._severity(layer, share),
+            severity=severity,
             summary=(
                 f"{100 * share:.0f} % of {self._those(layer)}"
                 + (f" (and of others, in {len(before)} layers)" if len(before) > 1 else "")
             ),
-            remedy=self._remedy(layer),
+            remedy=remedy.words,
+            code=remedy.code,
             layers=tuple(layer.name for layer in record.layers if layer.name in before),
             evidence={"worst": share, "layers": dict(before), "activation": layer.activation},
         )
-
-    def _watch(self, record: StepRecord) -> None:
-        """Take in what the severity depends on."""
 
     def _is_bad(self, layer: LayerStats, share: float) -> bool:
         return share >= float(getattr(self.thresholds, self.condition))
@@ -54,10 +74,15 @@ class _Units(Rule):
     def _those(self, layer: LayerStats) -> str:
         return f"the units of {layer.name} {self.what}"
 
-    def _severity(self, layer: LayerStats, share: float) -> Severity:
-        return Severity.WARNING
+    def _severity(self, share: float) -> Severity:
+        learns = has_learned(self, 0.2) if self.memory.get("warned", False) else self._learns()
+        return Severity.INFO if learns else Severity.WARNING
 
-    def _remedy(self, layer: LayerStats) -> str:
+    def _learns(self) -> bool:
+        """Whether the run has learned enough for what is seen for the first time to be no hindrance."""
+        return has_learned(self)
+
+    def _remedy(self, layers: list[LayerStats], record: StepRecord, *, came: bool) -> Remedy:
         raise NotImplementedError
 
 
@@ -81,18 +106,19 @@ class DeadUnits(_Units):
         beyond_chance = (share - layer.full_fraction) * layer.units > 3 * math.sqrt(constant)
         return super()._is_bad(layer, share) and beyond_chance
 
-    def _severity(self, layer: LayerStats, share: float) -> Severity:
-        return Severity.CRITICAL if share == 1.0 else Severity.WARNING
+    def _severity(self, share: float) -> Severity:
+        return Severity.CRITICAL if share == 1.0 else super()._severity(share)
 
-    def _remedy(self, layer: LayerStats) -> str:
-        return for_dead(layer.forward_mean, layer.forward_rms)
+    def _learns(self) -> bool:
+        return is_learning(self)  # a unit that is dead takes no part; the others may do
+
+    def _remedy(self, layers: list[LayerStats], record: StepRecord, *, came: bool) -> Remedy:
+        makeup = Makeup.of(record, [layer.name for layer in layers])
+        return for_dead(layers, makeup, followed_updates(self), died=came)
 
 
 class SaturatedUnits(_Units):
-    """Units of saturating activations that are flat on average, and heads of attention that are one-hot.
-
-    Where that comes about while the network learns, as sharp decisions do, it is worth an info.
-    """
+    """Units of saturating activations that are flat on average, and heads of attention that are one-hot."""
 
     condition = Condition.SATURATED_UNITS
     fraction = "saturated_fraction"
@@ -103,16 +129,9 @@ class SaturatedUnits(_Units):
             return f"the heads of the attention that leads to {layer.name} look at one place only"
         return super()._those(layer)
 
-    def _watch(self, record: StepRecord) -> None:
-        follow_loss(self, record)
-
-    def _severity(self, layer: LayerStats, share: float) -> Severity:
-        early, late = followed_losses(self)
-        has_learned = len(late) >= self.thresholds.growth_window and median(late) < 0.5 * median(early)
-        return Severity.INFO if has_learned else Severity.WARNING
-
-    def _remedy(self, layer: LayerStats) -> str:
-        return for_saturated(layer.activation)
+    def _remedy(self, layers: list[LayerStats], record: StepRecord, *, came: bool) -> Remedy:
+        makeup = Makeup.of(record, [layer.name for layer in layers])
+        return for_saturated(layers, makeup, followed_updates(self), came=came)
 
 
 class _Temporal(Rule):
@@ -145,7 +164,8 @@ class _Temporal(Rule):
                 f"gradients {'vanish' if self.vanishing else 'explode'} on their way back through time in {name}: over"
                 f" {steps} steps to {change:.1e} of what they were, gain {flow.gain_per_step:.2g} per step{memory}"
             ),
-            remedy=for_time(self.vanishing),
+            remedy=for_time(self.vanishing).words,
+            code=for_time(self.vanishing).code,
             layers=tuple(hit),
             evidence={"gain_per_step": flow.gain_per_step, "memory": flow.memory, "steps": steps},
         )

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Collection
-from typing import Any
 
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord
-from lightning_gradhealth.rules.base import (
-    NOT_MEASURED,
-    NotMeasured,
-    Rule,
-    Thresholds,
-    Verdict,
-    by_optimizer,
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thresholds, Verdict, by_optimizer
+from lightning_gradhealth.rules.course import (
+    USUAL_UPDATE,
     follow_loss,
+    follow_updates,
     followed_losses,
-    keep_last,
+    followed_updates,
+    has_learned,
+    rounded,
 )
+from lightning_gradhealth.rules.remedies import Remedy, for_decay, for_rate, in_groups
 
 
 def _measured_updates(layers: list[LayerStats]) -> list[tuple[LayerStats, float]]:
@@ -54,6 +53,7 @@ class OversizedUpdates(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge the updates of every optimizer; two probes in a row for those that are merely large."""
+        follow_updates(self, record)
         young = zero_born(self, record)
         chains = [
             chain
@@ -75,10 +75,12 @@ class OversizedUpdates(Rule):
         chain, hit = (at_once or large)[0]
         size = median(value for layer, value in chain if layer.name in hit)
         rates = (layer.learning_rate for layer, _ in chain if layer.learning_rate is not None)
+        remedy = for_rate(followed_updates(self))
         return Verdict(
             severity=Severity.CRITICAL if at_once else Severity.WARNING,
             summary=f"one step changes the weights of {len(hit)} of {len(chain)} layers by {size:.2g} of their size",
-            remedy="divide the learning rate by 10 or more, and warm it up: near 1e-3 of the weights is usual",
+            remedy=remedy.words,
+            code=remedy.code,
             layers=tuple(hit),
             evidence={"update_to_weight_median": size, "learning_rate": max(rates, default=None)},
             first_step=None if at_once else since,
@@ -121,6 +123,7 @@ class StalledLayers(Rule):
         first = self.memory.setdefault("first", record.step)
         is_early = record.step - first < self.thresholds.growth_window
         self.patience = sys.maxsize if is_early else self.thresholds.stalled_probes
+        follow_loss(self, record)
         if standstill := self._standstill(chains):
             return standstill
         young, growing = zero_born(self, record), self._growing(record)
@@ -137,20 +140,57 @@ class StalledLayers(Rule):
                 slowed = slowed and all(_deliberate(layer.learning_rate, _top_rate(chain)) for layer in slow)
         if not stalled:
             return None
+        untouched = {la.name for la in stalled if la.grad_norm == 0.0 and la.learning_rate != 0.0}
+        if untouched:
+            # an unused branch or a constant input is no stall; and it is told by itself, or not at all
+            stalled = [layer for layer in stalled if layer.name not in untouched] or stalled
+        if untouched >= {layer.name for layer in stalled}:
+            return self._untouched(stalled, record.step)
+        remedy = self._for_stalled(stalled, chains, slowed=slowed)
         return Verdict(
-            severity=Severity.INFO if slowed else Severity.WARNING,
+            severity=Severity.INFO if slowed or has_learned(self) else Severity.WARNING,
             summary=(
                 f"{len(stalled)} layers change by less than {self.thresholds.stalled_update:g} of their size a step,"
                 f" another by {fastest:.2g}" + (": their learning rate is set much lower" if slowed else "")
             ),
-            remedy=(
-                "nothing, if that is what their learning rate is for"
-                if slowed
-                else "see what keeps the gradient from them (vanishing gradients, dead units) and whether their"
-                " parameter group has a learning rate; gh.init_weights(model, ...) if they never learned"
-            ),
+            remedy=remedy.words,
+            code=remedy.code,
             layers=tuple(layer.name for layer in stalled),
             evidence={"fastest_update_to_weight": fastest},
+        )
+
+    def _untouched(self, layers: list[LayerStats], step: int) -> Verdict:
+        """Layers whose gradient is exactly 0, while others learn."""
+        since = self.memory.setdefault("untouched", {})
+        first = min(since.setdefault(layer.name, step) for layer in layers)
+        return Verdict(
+            severity=Severity.INFO,
+            summary=f"the gradient of {len(layers)} layers is exactly 0 since step {first}: the loss does not depend on"
+            " them",
+            remedy=(
+                "nothing, if that branch is not in use, or its input constant (zeros); else see what multiplies it by 0"
+                " (a mask, a gate, dead units behind it)"
+            ),
+            layers=tuple(layer.name for layer in layers),
+            evidence={"gradient": 0.0},
+        )
+
+    def _for_stalled(
+        self, stalled: list[LayerStats], chains: list[list[tuple[LayerStats, float]]], *, slowed: bool
+    ) -> Remedy:
+        """What to do about layers that hardly move: a rate of 0 is no riddle."""
+        if slowed:
+            return Remedy("nothing, if that is what their learning rate is for")
+        if all(layer.learning_rate == 0.0 for layer in stalled):
+            rate = max((top for chain in chains if (top := _top_rate(chain))), default=USUAL_UPDATE)
+            return Remedy(
+                f"their parameter group has a learning rate of 0: give it one, as the {rate:g} of the others; or leave"
+                " it at that, with requires_grad_(False), if they are to stay as they are",
+                in_groups(f'group["lr"] = group["lr"] or {rate:g}'),
+            )
+        return Remedy(
+            "see what keeps the gradient from them (vanishing gradients, dead units);"
+            " gh.init_weights(model, batch) if they never learned"
         )
 
     def _growing(self, record: StepRecord) -> set[str]:
@@ -176,12 +216,34 @@ class StalledLayers(Rule):
         self.memory["moved"] = self.memory.get("moved", False) or top >= self.thresholds.stalled_update
         if self.memory["moved"] or rising:
             return None
+        layers = tuple(layer.name for chain in chains for layer, _ in chain)
+        evidence = {"fastest_update_to_weight": top, "learning_rate": rate}
+        if all(layer.grad_norm == 0.0 for chain in chains for layer, _ in chain):
+            return Verdict(
+                severity=Severity.WARNING,
+                summary="every gradient is exactly 0: the loss does not depend on the weights",
+                remedy=(
+                    "no learning rate helps: look behind the last layer for what lets nothing through (a ReLU on the"
+                    " output, dead or saturated units, a mask or weight of 0 in the loss); set its bias to 0"
+                ),
+                layers=layers,
+                evidence=evidence,
+            )
+        factor = rounded(USUAL_UPDATE / top) if top > 0.0 else 0.0
         return Verdict(
             severity=Severity.WARNING,
             summary=f"no layer has ever changed by more than {top:.1g} of its size in a step",
-            remedy="a larger learning rate: near 1e-3 of the weights a step is usual (the Tuner's lr_find finds one)",
-            layers=tuple(layer.name for chain in chains for layer, _ in chain),
-            evidence={"fastest_update_to_weight": top, "learning_rate": rate},
+            remedy=(
+                f"a larger learning rate (x {factor:g}): near 1e-3 of the weights a step is usual (the Tuner's lr_find"
+                " finds one)"
+                if rate and top > 0.0
+                else "the gradients are too small to change any weight: see what makes them so (vanishing signals)"
+                if rate
+                else "a learning rate above 0: it is 0 in every parameter group"
+            ),
+            code=in_groups(f'group["lr"] *= {factor:g}') if factor and rate else "",
+            layers=layers,
+            evidence=evidence,
         )
 
 
@@ -203,11 +265,11 @@ class _WeightDrift(Rule):
 
     sign: int
     course: str
-    remedy: str
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Advance the windows of every layer that was probed."""
         follow_loss(self, record)
+        follow_updates(self, record)
         drifting: dict[str, float] = {}
         seen = False
         norms = [(la.weight_norm, la.numel or 1) for la in record.layers if la.weight_norm and not la.frozen]
@@ -232,10 +294,12 @@ class _WeightDrift(Rule):
         if not drifting:
             return None if seen else NOT_MEASURED
         factor = max(drifting.values(), key=lambda value: abs(math.log(value)))
+        remedy = self._remedy(record, drifting)
         return Verdict(
             severity=Severity.INFO if self.sign > 0 and self._has_learned() else Severity.WARNING,
             summary=f"the weights {self.course}, by {100 * abs(factor - 1):.2g} % a step",
-            remedy=self.remedy,
+            remedy=remedy.words,
+            code=remedy.code,
             layers=tuple(drifting),
             evidence={"factor_per_step": factor},
         )
@@ -245,6 +309,9 @@ class _WeightDrift(Rule):
         early, late = followed_losses(self)
         enough = len(late) >= self.thresholds.growth_window
         return enough and 0.0 <= median(late) < 0.5 * median(early)
+
+    def _remedy(self, record: StepRecord, layers: Collection[str]) -> Remedy:
+        raise NotImplementedError
 
     def _drifts(self, borders: list[list[float]]) -> bool:
         """Whether every window has the factor and none is much slower than the one before it."""
@@ -263,7 +330,27 @@ class GrowingWeights(_WeightDrift):
     condition = Condition.GROWING_WEIGHTS
     sign = 1
     course = "grow exponentially"
-    remedy = "check the sign of the loss; a smaller learning rate, weight decay (AdamW), a normalisation layer"
+
+    def _remedy(self, record: StepRecord, layers: Collection[str]) -> Remedy:
+        """By what the loss does meanwhile."""
+        early, late = followed_losses(self)
+        before, now = median(early), median(late or early)
+        decay = in_groups('group["weight_decay"] = 0.01')
+        norm = "" if "norm" in record.kinds else ", a normalisation layer"
+        if math.isnan(before):
+            return Remedy(f"weight decay (AdamW){norm}, a smaller learning rate; check the sign of the loss", decay)
+        if now < 0.0 and now < before - abs(before):
+            return Remedy(
+                f"the loss falls without end ({before:.3g}, then {now:.3g}): it has no minimum; check its sign, or"
+                " bound what it rewards"
+            )
+        if now > before + self.thresholds.stalled_fall * abs(before):
+            return for_rate(
+                followed_updates(self),
+                f"; the loss rises with them ({before:.3g}, then {now:.3g}); in a loop of your own look for a forgotten"
+                " optimizer.zero_grad()",
+            )
+        return Remedy(f"weight decay (AdamW){norm}, a smaller learning rate: nothing in the loss holds them", decay)
 
 
 class CollapsingWeights(_WeightDrift):
@@ -272,139 +359,19 @@ class CollapsingWeights(_WeightDrift):
     condition = Condition.COLLAPSING_WEIGHTS
     sign = -1
     course = "shrink towards zero"
-    remedy = "lower weight_decay: rate x decay is the share of every weight that is lost at each step"
 
-
-class LossSpike(Rule):
-    """A loss far above the recent ones, of one optimizer's steps.
-
-    It must be so by three measures on the linear scale, and besides far out on the logarithmic one, too, since
-    near convergence the losses of single batches spread over orders of magnitude, or above all that was seen
-    before. Where three of five losses are high, it is a warning. Alone, it is an info: a hard batch or a wrong
-    label does that; and where it happens again and again, as with a rare class, that is how this loss is.
-    Several optimizers, as in a GAN, play their losses against each other: no more than an info.
-    """
-
-    condition = Condition.LOSS_SPIKE
-
-    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
-        """Judge every loss of the window, in order; the gravest and then the highest spike counts."""
-        losses = [(step, step.loss) for step in record.window if step.loss is not None]
-        if not losses:
-            return NOT_MEASURED
-        spikes: list[tuple[bool, float, int, float]] = []
-        several = self.memory["several"] = self.memory.get("several", False) or any(s.optimizer for s, _ in losses)
-        for step, loss in losses:
-            if math.isnan(loss):
-                continue
-            seen = self.memory.setdefault(
-                f"of{step.optimizer}", {"steps": 0, "early": [], "recent": [], "high": [], "alone": []}
+    def _remedy(self, record: StepRecord, layers: Collection[str]) -> Remedy:
+        """By what takes the weights away: their decay, or else the gradients."""
+        if (decay := for_decay(record, layers)) is not None:
+            return decay
+        decays = [layer.weight_decay for layer in record.layers if layer.name in layers]
+        if any(decays):
+            return Remedy(
+                f"lower weight_decay (it is {max(decay or 0.0 for decay in decays):g}), or the rate that multiplies it;"
+                " a penalty on the weights in the loss does the same"
             )
-            seen["steps"] += 1
-            if len(seen["early"]) < self.thresholds.growth_window:
-                keep_last(seen["early"], loss, self.thresholds.growth_window)
-            else:
-                high, far = self._judge_loss(loss, seen["early"], seen["recent"])
-                seen["high"] = [*seen["high"][-4:], high]
-                lasting = not several and sum(seen["high"]) >= 3
-                if far and (lasting or not self._recurs(seen)):
-                    spikes.append((lasting, loss, step.step, median(seen["recent"])))
-            keep_last(seen["recent"], loss, self.thresholds.time_window)
-        if not spikes:
-            return None
-        lasting, loss, at, usual = max(spikes)
-        return Verdict(
-            severity=Severity.WARNING if lasting else Severity.INFO,
-            summary=f"the loss leapt to {loss:.3g} from a usual {usual:.3g}" + ("" if lasting else " for one step"),
-            remedy="look at the batch of that step; Trainer(gradient_clip_val=1.0), a smaller learning rate",
-            evidence={"loss": loss, "median": usual},
-            first_step=at,
+        without = "it is not weight_decay, which is 0: the gradients take them away" if None not in decays else ""
+        return Remedy(
+            f"{without or 'a lower weight_decay, if there is one'}; look for a penalty on the weights in the loss, or"
+            " an output that is best at 0"
         )
-
-    def _judge_loss(self, loss: float, early: list[float], recent: list[float]) -> tuple[bool, bool]:
-        """Whether a loss is high on the linear scale, and whether it is so on both or beyond all that was seen."""
-        usual, sigma = _centre_and_spread(recent)
-        limit = max(
-            self.thresholds.spike_sigmas * sigma,
-            (self.thresholds.spike_median - 1) * abs(usual),
-            self.thresholds.spike_fall * (max(early) - min(recent)),
-            0.0,
-        )
-        if loss - usual <= limit:
-            return False, False
-        if min(recent) <= 0.0 or loss > max(*early, *(2 * value for value in recent[:-4])):
-            return True, True
-        logs = [math.log(value) for value in recent]
-        noise = _centre_and_spread([b - a for a, b in zip(logs, logs[1:], strict=False)])[1] / math.sqrt(2)
-        above = math.log(loss) - median(logs[-self.thresholds.growth_window :])
-        return True, above > self.thresholds.spike_log_sigmas * noise
-
-    def _recurs(self, seen: dict[str, Any]) -> bool:
-        """Whether such losses keep coming one by one; the one at hand is counted in."""
-        horizon = seen["steps"] - 10 * self.thresholds.time_window
-        before = [step for step in seen["alone"] if step > horizon]
-        seen["alone"] = [*before, seen["steps"]][-self.thresholds.spike_recurs :]
-        return len(before) >= self.thresholds.spike_recurs
-
-
-def _centre_and_spread(values: list[float]) -> tuple[float, float]:
-    """Median, and the standard deviation that the median absolute deviation stands for."""
-    centre = median(values)
-    return centre, 1.4826 * median(abs(value - centre) for value in values)
-
-
-class StalledLoss(Rule):
-    """A loss that has not come down since the start, noise allowed for, at a rate that has stopped rising.
-
-    On its own this is an info: a model that had converged before, or a task that is mostly noise, looks the
-    same. Several optimizers, as in a GAN, play their losses against each other: no verdict.
-    """
-
-    condition = Condition.STALLED_LOSS
-    patience = 2
-    needs_support = True
-
-    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
-        """Hold the mean of the recent losses, with its error, against that of the first ones."""
-        early: list[float] = self.memory.setdefault("early", [])
-        late: list[float] = self.memory.setdefault("late", [])
-        for step in record.window:
-            self.memory["several"] = self.memory.get("several", False) or step.optimizer != 0
-            if step.loss is None:
-                continue
-            if step.learning_rate is not None and step.learning_rate > self.memory.get("rate", 0.0):
-                self.memory["rate"] = step.learning_rate
-                self.memory["steps"] = 0
-            self.memory["steps"] = self.memory.get("steps", 0) + 1
-            if len(early) < self.thresholds.growth_window:
-                keep_last(early, step.loss, self.thresholds.growth_window)
-            else:
-                keep_last(late, step.loss, self.thresholds.time_window)
-        enough = self.memory.get("steps", 0) >= self.thresholds.stalled_steps
-        if self.memory.get("several", False) or not enough or len(late) < self.thresholds.growth_window:
-            return NOT_MEASURED
-        start, error_start = _mean_and_error(early)
-        now, error_now = _mean_and_error(late)
-        error = 2 * math.hypot(error_start, error_now)
-        self.memory["best"] = max(self.memory.get("best", -math.inf), start - now + error)
-        if self.memory["best"] >= self.thresholds.stalled_fall * abs(start):
-            return None
-        if start - now > max(error, self.thresholds.learning_fall * abs(start)):
-            return None  # slowly, but beyond doubt
-        return Verdict(
-            severity=Severity.WARNING,
-            summary=f"the loss has not come down from {start:.3g} in {self.memory['steps']} steps (now {now:.3g})",
-            remedy=(
-                "see the other findings first: vanishing gradients, stalled layers, oversized updates; else another"
-                " learning rate (the Tuner's lr_find), and check that targets and loss belong together"
-            ),
-            evidence={"loss_at_start": start, "loss_now": now, "fall_upper_bound": start - now + error},
-            first_step=max(0, record.step - self.memory["steps"] + 1),
-        )
-
-
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
