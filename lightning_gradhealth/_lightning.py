@@ -136,6 +136,17 @@ def other_clipping(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]
     return notes
 
 
+def held_back(trainer: pl.Trainer) -> str:
+    """What keeps Lightning from ending the fit now although it is asked to; empty where nothing does."""
+    loop = trainer.fit_loop
+    if loop._can_stop_early:
+        return ""
+    by_default = loop.min_steps and loop.min_epochs == 1  # then Lightning sets it
+    least = {"min_epochs": None if by_default else loop.min_epochs, "min_steps": loop.min_steps}
+    given = ", ".join(f"{name}={value}" for name, value in least.items() if value)
+    return f" as soon as Trainer({given}) lets it"
+
+
 def anywhere(trainer: pl.Trainer, flag: bool) -> str:
     """Words for a stop that another rank asks for; empty where none does. All ranks call it."""
     asked = trainer.strategy.reduce_boolean_decision(flag, all=False)

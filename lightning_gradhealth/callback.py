@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 
 from lightning_gradhealth import _lightning
 from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_stop_on
+from lightning_gradhealth.copies import Shared
 from lightning_gradhealth.errors import GradHealthError
 from lightning_gradhealth.gradients import Clip
 from lightning_gradhealth.layers import LayersSpec
-from lightning_gradhealth.messages import printable
+from lightning_gradhealth.messages import printable, reason_of
 from lightning_gradhealth.preflight import copied, examine, of_step
 from lightning_gradhealth.records import FlowReport, HealthReport, StepRecord
 from lightning_gradhealth.response import OnNonFinite
@@ -81,7 +82,8 @@ class GradHealth(Callback):
             or skip it and "stop" the fit. The last three run the batch's forward again to name the module where it
             began; they read one flag a step, unless the step is skipped by a fused optimizer. Under a loss scaler,
             which skips such steps by itself, nothing is done, but "raise" and "stop" act after 25 in a row.
-        stop_on: Condition or conditions that end the fit when found with severity warning or above.
+        stop_on: Condition or conditions that end the fit when found with severity warning or above; not before the
+            Trainer's `min_epochs` and `min_steps` are met.
         probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
             two; None: the Trainer's `log_every_n_steps`.
         probe_compiled: Run compiled modules eagerly at probed steps (`torch.compiler.set_stance("force_eager")`), so
@@ -146,6 +148,8 @@ class GradHealth(Callback):
             must, remedy = "the name of a logged metric or None", 'e.g. loss_key="train_loss"'
             if not check_type("loss_key", loss_key, str, must, remedy):
                 raise ValueError(wrong("loss_key", must, loss_key, remedy))
+        self._shared = Shared()
+        self._ran = False
         self._reset()
 
     def _reset(self) -> None:
@@ -157,7 +161,8 @@ class GradHealth(Callback):
         )
         self._aside = ""
         self._logged: set[str] = set()  # the metrics that were logged where `loss_key` was not
-        self.preflight_report: FlowReport | None = None
+        self._batches = 0
+        self._preflight: FlowReport | None = None
 
     # --- lifecycle ---
 
@@ -167,6 +172,7 @@ class GradHealth(Callback):
             if self._session is not None:
                 self._session.close()
             self._reset()
+            self._ran, self._shared.last = True, self
 
     @_never_fatal
     def on_train_batch_start(
@@ -232,7 +238,7 @@ class GradHealth(Callback):
             return of_step(step(), type(pl_module).__name__)
 
         try:
-            self.preflight_report = examine(
+            self._preflight = report = examine(
                 pl_module,
                 run,
                 layers=self.layers,
@@ -243,7 +249,6 @@ class GradHealth(Callback):
         except Exception as error:
             tell(f"gradhealth: no preflight ({type(error).__name__}: {error})")
             return
-        report = self.preflight_report
         said = {finding.remedy for finding in report.findings}
         for line in (*report.findings, *(remedy for remedy in report.remedies if remedy not in said)):
             tell(f"gradhealth: preflight: {line}")
@@ -264,6 +269,12 @@ class GradHealth(Callback):
             self._session.see_loss(loss)
 
     @_never_fatal
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take down what the gradients are like now: in manual optimization they may be clipped before the step."""
+        if self._session is not None:
+            self._session.monitor.changed.after_backward(trainer.optimizers)
+
+    @_never_fatal
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -280,7 +291,9 @@ class GradHealth(Callback):
         """Take the loss; at the logging cadence read the device, judge and log."""
         if self._session is None:
             return
+        self._batches += 1
         self._session.pause_probe()
+        self._session.monitor.changed.forget()
         loss = _lightning.loss_of(trainer, outputs, self.loss_key)
         if loss is not None:
             self._session.add_loss(loss)
@@ -305,12 +318,15 @@ class GradHealth(Callback):
     def _stop(self, trainer: pl.Trainer, why: str) -> None:
         if why and not trainer.should_stop:
             trainer.should_stop = True
-            _lightning.announcer(trainer, log.warning)(f"gradhealth: ends the fit: {why}")
+            when = _lightning.held_back(trainer)
+            _lightning.announcer(trainer, log.warning)(f"gradhealth: ends the fit{when}: {why}")
 
     @_never_fatal
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge and log what came after the last logged step."""
         self._conclude(trainer)
+        if self._unseen:
+            _lightning.announcer(trainer, log.warning)(f"gradhealth: {self._unseen}")
 
     @_never_fatal
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -320,15 +336,40 @@ class GradHealth(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove every hook and let the model go; the report and the state stay."""
+        if self._session is None and self._state and not self._batches and not self._aside:
+            self._restore(trainer, pl_module)
         if stage == "fit":
             self._release()
+
+    def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report what the checkpoint holds, where nothing was trained after it was loaded."""
+        try:
+            session = self._session = self._watch(trainer, pl_module)
+            session.notes.append("nothing was trained in this process: the report is that of the checkpoint")
+            if self._load():
+                self._report = session.report()
+            session.close()
+        except Exception as error:
+            self._step_aside(f"no report: {reason_of(error)}", error)
+        self._session = None
+
+    @property
+    def _unseen(self) -> str:
+        """Words for a run in which no optimizer was seen to step; empty where one was."""
+        if not self._batches or self._session is None or self._session.monitor.stepped:
+            return ""
+        return (
+            f"no optimizer step was seen in {self._batches} batches: an optimizer that steps in backward, or comes from"
+            " optimizers(use_pl_optimizer=False), steps where Lightning tells nobody."
+            " gh.GradientMonitor(model).observe(optimizer), before it steps, sees it"
+        )
 
     def _conclude(self, trainer: pl.Trainer) -> None:
         if self._session is not None and self._session.waits:
             self._log(trainer, self._session.conclude())
 
     def _log(self, trainer: pl.Trainer, record: StepRecord) -> None:
-        if self._session is not None and trainer.loggers:
+        if self._session is not None and trainer.loggers and _lightning.log_cadence(trainer) is not None:
             self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_findings)
 
     @property
@@ -368,15 +409,29 @@ class GradHealth(Callback):
         """The verdict on the run so far, or on the last one.
 
         Returns:
-            A report that is not healthy, and says why, where nothing was observed in this process.
+            A report that is not healthy, and says why, where nothing was observed in this process; that of a deep copy
+            of this instance, where only such a copy was in a fit.
         """
+        ran = self._shared.last
+        if not self._ran and ran is not None:
+            note = "the report of a deep copy of this callback: the library that made the Trainer has copied it"
+            report: HealthReport = ran.report()
+            return report.changed(notes=(note, *report.notes))
         report = self._report
         if self._session is not None:
             try:
                 report = self._with_loss_key(self._session.report())
+                if self._unseen:
+                    report = report.changed(notes=(self._unseen, *report.notes))
             except Exception as error:
                 self._step_aside(f"no report: {type(error).__name__}: {error}", error)
         return HealthReport(**{**vars(report), "aside": self._aside})
+
+    @property
+    def preflight_report(self) -> FlowReport | None:
+        """What the preflight has shown; None where there was none."""
+        source = self if self._ran else self._shared.last or self
+        return source._preflight
 
     def _with_loss_key(self, report: HealthReport) -> HealthReport:
         """The report, where no loss is known since nothing was logged under `loss_key`, with what was logged."""

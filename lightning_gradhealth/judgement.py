@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lightning_gradhealth.ceilings import Ceiling
 from lightning_gradhealth.history import History
 from lightning_gradhealth.merging import latest
 from lightning_gradhealth.messages import reason_of, say
@@ -47,6 +48,7 @@ class Judgement:
         self.loss_seen = False
         self.depth_seen = False
         self.signals_seen = False
+        self.ceilings: dict[int, Ceiling] = {}  # by the number of the optimizer
         self.unwatched: dict[str, str] = {}  # what was no longer watched -> since when and why
 
     def lose(self, what: str, why: str, step: int) -> bool:
@@ -70,6 +72,8 @@ class Judgement:
         self.clipped_steps += record.clipped_steps
         self.skipped_steps += record.skipped_steps
         self.loss_seen = self.loss_seen or any(step.loss is not None for step in record.window)
+        for step in record.window:
+            self.ceilings.setdefault(step.optimizer, Ceiling()).add(step.total_norm)
         deep = any(len(chain.points) > 1 for chain in record.chains)
         self.depth_seen = self.depth_seen or deep or record.backward_gain is not None
         self.signals_seen = self.signals_seen or any(layer.forward_rms is not None for layer in record.layers)
@@ -201,6 +205,7 @@ class Judgement:
             "loss_seen": self.loss_seen,
             "depth_seen": self.depth_seen,
             "signals_seen": self.signals_seen,
+            "ceilings": {number: ceiling.state() for number, ceiling in self.ceilings.items()},
             "unwatched": dict(self.unwatched),
         }
 
@@ -220,6 +225,7 @@ class Judgement:
         self.loss_seen = state["loss_seen"]
         self.depth_seen = state["depth_seen"]
         self.signals_seen = state["signals_seen"]
+        self.ceilings = {number: Ceiling(*saved) for number, saved in state.get("ceilings", {}).items()}
         self.unwatched = dict(state.get("unwatched", {}))
 
 

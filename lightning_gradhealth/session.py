@@ -34,6 +34,11 @@ ALWAYS_PROBED = 2
 _SAVED = ("monitor", "judgement", "response", "signals", "readings", "losses")
 NO_LOSS = "loss: unavailable"
 EARLY = 64  # the first steps whose signals are measured until the units of all activations have been judged once
+_IN_BACKWARD = (
+    "an optimizer that steps in backward? gh.GradientMonitor(model).observe(optimizer) in its hook, before its step,"
+    " sees them"
+)
+_CLIP_HERE = "With clip=gh.NormClip(limit) instead, they are measured before it"
 
 
 class HealthSession:
@@ -170,10 +175,21 @@ class HealthSession:
             squashed = ending.squashed
             decision.row.squashed = squashed and {**squashed, "layer": self.monitor.layout.layer_of(squashed["layer"])}
         self.response.judge(decision)
+        if self.monitor.gone.news:
+            self._lose_gradients(decision.row.step)
         self._close_probe(decision.row.step, decision.row.optimizer, grad_scaler)
         if loss is not None:
             self.add_loss(loss)
         return decision
+
+    def _lose_gradients(self, step: int) -> None:
+        """Say that gradients are gone before the optimizer steps, so that they cannot be measured here."""
+        names = [self.monitor.layout.slots[slot].name for slot in self.monitor.gone.slots]
+        self.monitor.gone.news = False
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        what = f"gradients that are gone before optimizers step ({shown})"
+        if self.judgement.lose(what, _IN_BACKWARD, step):
+            self._announce(f"gradhealth: {what} are not watched: {_IN_BACKWARD}")
 
     def _is_probed(self, count: int) -> bool:
         """Whether the step of an optimizer after `count` others is probed."""
@@ -389,6 +405,7 @@ class HealthSession:
             notes.append("layers stand in registration order where compiled or scripted modules hide their use")
         elif judgement.steps and not self.monitor.layout.used:
             notes.append("layers stand in registration order: no forward pass was seen")
+        notes += self._notes_on_steps(judgement)
         if judgement.steps and not judgement.depth_seen:
             notes.append("depth: not measured (no signals on a main chain, nor two layers with biases)")
         notes += self._notes_on_signals(judgement)
@@ -396,6 +413,27 @@ class HealthSession:
             notes.append("units: not judged in every layer (fewer than 256 samples were seen there)")
         if judgement.steps and not judgement.loss_seen:
             notes.append(NO_LOSS)
+        return notes
+
+    def _notes_on_steps(self, judgement: Judgement) -> list[str]:
+        """What happens to gradients before the optimizers step, and which optimizers do not."""
+        notes = []
+        unseen = [str(number) for number in self.monitor.unseen]
+        if judgement.steps and unseen:
+            notes.append(f"optimizer {', '.join(unseen)}: no step was seen")
+        for number in sorted({*self.monitor.changed_since, *judgement.ceilings}):
+            ceiling, since = judgement.ceilings.get(number), self.monitor.changed_since.get(number)
+            limit = ceiling.limit if ceiling is not None else None
+            if since is not None:
+                notes.append(
+                    f"optimizer {number}: gradients are changed in place between backward and the step since step"
+                    f" {since}, as by clip_gradients or clip_grad_norm_: norms are those after it. {_CLIP_HERE}"
+                )
+            elif ceiling is not None and limit is not None:
+                notes.append(
+                    f"optimizer {number}: the norms look clipped before they were measured (none above {limit:g}, and"
+                    f" {ceiling.hits} of exactly that). {_CLIP_HERE}"
+                )
         return notes
 
     def _notes_on_signals(self, judgement: Judgement) -> list[str]:

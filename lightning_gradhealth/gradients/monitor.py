@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_gradhealth.gradients.between import Changed, Gone
 from lightning_gradhealth.gradients.clipping import Clipper, Gradients, summed_up
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
@@ -92,6 +93,9 @@ class GradientMonitor:
         self._observed: list[int] = []
         self._had_grad: set[int] = set()
         self._without_grad: dict[int, tuple[int, int]] = {}  # slot -> x value since when, steps for which
+        self.changed = Changed()
+        self.changed_since: dict[int, int] = {}  # optimizer -> x value since when its gradients come changed
+        self.gone = Gone()
         self._patterns: dict[int, Pattern] = {}
         self._shardings: dict[int, Sharding | None] = {}
         self._clippers: dict[int, Clipper] = {}
@@ -128,6 +132,16 @@ class GradientMonitor:
         """
         counts = [count for count in self._observed if count]
         return not counts or any(map(wanted, counts))
+
+    @property
+    def stepped(self) -> bool:
+        """Whether any optimizer was seen to step."""
+        return any(self._observed)
+
+    @property
+    def unseen(self) -> list[int]:
+        """Numbers of the optimizers that are known, and of which no step was observed."""
+        return [number for number, count in enumerate(self._observed) if not count]
 
     @property
     def sharded(self) -> bool:
@@ -171,6 +185,8 @@ class GradientMonitor:
         if step is None:
             step = max(self._observed) - 1
         scaled = grad_scaler is not None and grad_scaler.is_enabled()
+        if self.changed.before_step(optimizer):
+            self.changed_since.setdefault(number, step)
         pattern, tensors = self._scan(optimizer, number, step)
         pending = grad_scaler is not None and scaled and bool(tensors) and still_scaled(optimizer, grad_scaler)
         if grad_scaler is not None and pending and self.clip is not None:
@@ -202,6 +218,7 @@ class GradientMonitor:
         owned: list[int] = []
         groups: list[int] = []
         slots: list[int] = []
+        missing: list[int] = []
         gradients: list[Tensor | None] = []
         slot_of, flat = self.layout.slot_of, self.layout.flat
         for group_number, group in enumerate(optimizer.param_groups):
@@ -217,8 +234,9 @@ class GradientMonitor:
                     slots.append(slot)
                     gradients.append(gradient)
                 elif parameter.requires_grad and slot not in self._had_grad:
-                    since, count = self._without_grad.get(slot, (step, 0))
-                    self._without_grad[slot] = since, count + 1
+                    missing.append(slot)
+        if missing:
+            self._miss(number, step, missing, slots)
         pattern = Pattern(tuple(owned), tuple(groups), tuple(slots))
         known = self._patterns.get(number)
         if known != pattern:
@@ -231,6 +249,17 @@ class GradientMonitor:
         if self.clip is not None:
             gradients = [summed_up(self.layout.slots[slot].parameter) for slot in slots]
         return known, gradients
+
+    def _miss(self, number: int, step: int, missing: Sequence[int], present: Sequence[int]) -> None:
+        """Count a step without gradient for parameters that have never had one, unless theirs is used up by then."""
+        slots = self.layout.slots
+        self.gone.look(number, step, [(slot, slots[slot]) for slot in missing], [slots[slot] for slot in present])
+        for slot in missing:
+            if slot in self.gone.slots:
+                self._without_grad.pop(slot, None)
+                continue
+            since, count = self._without_grad.get(slot, (step, 0))
+            self._without_grad[slot] = since, count + 1
 
     def _find_slot(self, parameter: nn.Parameter, fallback: str) -> int:
         """The slot of a parameter that the model has gained, or that only the optimizer knows."""
@@ -366,6 +395,7 @@ class GradientMonitor:
             hook.remove()
         self._hooks.clear()
         self._open.clear()
+        self.changed.forget()
 
     # --- at the logging cadence ---
 
@@ -417,6 +447,7 @@ class GradientMonitor:
             "observed": list(self._observed),
             "had_grad": sorted(names[slot] for slot in self._had_grad),
             "without_grad": {names[slot]: list(entry) for slot, entry in self._without_grad.items()},
+            "changed_since": dict(self.changed_since),
             "used": self.layout.used,
             "clippers": {number: clipper.state_dict() for number, clipper in self._clippers.items()},
             **rows_to_state(self.rows, names),
@@ -437,6 +468,7 @@ class GradientMonitor:
         self._without_grad = {
             slot_of[name]: (since, count) for name, (since, count) in state["without_grad"].items() if name in slot_of
         }
+        self.changed_since = dict(state.get("changed_since", {}))
         self.layout.record_use(state["used"])
         for number, saved in state["clippers"].items():
             if (clipper := self.clipper_of(number)) is not None:
