@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from rich.text import Text
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from lightning_gradhealth.messages import say
 from lightning_gradhealth.sharding import is_flat, is_sharded
 
 
@@ -153,12 +157,17 @@ def anywhere(trainer: pl.Trainer, flag: bool) -> str:
     return "another rank has found a condition of stop_on" if asked else ""
 
 
-def announcer(trainer: pl.Trainer, fallback: Callable[[str], None]) -> Callable[[str], None]:
+def announcer(trainer: pl.Trainer) -> Callable[[str], None]:
     """A function that prints a line on rank zero, without tearing the progress bar where there is one."""
 
     def announce(line: str) -> None:
         if trainer.is_global_zero:
             bar = trainer.progress_bar_callback
-            (fallback if bar is None else bar.print)(line)
+            say(line, through=None if bar is None else partial(_print, bar))
 
     return announce
+
+
+def _print(bar: ProgressBar, line: str) -> None:
+    """Print as it is: for a rich console `[/x]` in a layer's name would be markup."""
+    bar.print(Text(line) if isinstance(bar, RichProgressBar) else line)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, ParamSpec, cast
+from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -18,8 +16,9 @@ from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, chec
 from lightning_gradhealth.copies import Shared
 from lightning_gradhealth.errors import GradHealthError
 from lightning_gradhealth.gradients import Clip
+from lightning_gradhealth.guard import Guard, never_fatal
 from lightning_gradhealth.layers import LayersSpec
-from lightning_gradhealth.messages import printable, reason_of
+from lightning_gradhealth.messages import printable, reason_of, say
 from lightning_gradhealth.preflight import copied, examine, of_step
 from lightning_gradhealth.records import FlowReport, HealthReport, StepRecord
 from lightning_gradhealth.response import OnNonFinite
@@ -28,41 +27,6 @@ from lightning_gradhealth.session import DEFAULT_CADENCE, NO_LOSS, HealthSession
 from lightning_gradhealth.sinks import LoggerSink, LogLayers
 from lightning_gradhealth.trees import KeptBatch
 from lightning_gradhealth.validation import check_flag, check_type, wrong
-
-log = logging.getLogger("lightning_gradhealth")
-
-P = ParamSpec("P")
-Hook = Callable[Concatenate["GradHealth", P], None]
-
-
-_STEPS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
-
-
-def _never_fatal(hook: Hook[P]) -> Hook[P]:
-    """Let a hook report its own failure once and step aside: the monitor must never end a training.
-
-    But other ranks must not go on clipping, skipping or stopping without this one: then it is an error.
-    """
-
-    @functools.wraps(hook)
-    def guarded(self: GradHealth, *args: P.args, **kwargs: P.kwargs) -> None:
-        if self._aside:
-            if hook.__name__ == "on_before_optimizer_step":
-                self._accompany(*cast("tuple[pl.Trainer, pl.LightningModule, Optimizer]", args))
-            return
-        try:
-            hook(self, *args, **kwargs)
-        except GradHealthError:  # raised on purpose
-            raise
-        except Exception as error:
-            if hook.__name__ in _STEPS and self._acts and cast(pl.Trainer, args[0]).world_size > 1:
-                raise GradHealthError(
-                    f"GradHealth cannot step aside on one rank alone, while it acts on the others: {error!r}"
-                    " (see the cause above); without clip, on_non_finite and stop_on it can"
-                ) from error
-            self._step_aside(f"{type(error).__name__}: {error}", error)
-
-    return cast("Hook[P]", guarded)
 
 
 class GradHealth(Callback):
@@ -159,7 +123,7 @@ class GradHealth(Callback):
         self._report = HealthReport(
             notes=("nothing was observed in this process: no fit yet, or one in processes of its own (ddp_spawn)",)
         )
-        self._aside = ""
+        self.guard = Guard.of(self.clip, self.on_non_finite, self.stop_on)
         self._logged: set[str] = set()  # the metrics that were logged where `loss_key` was not
         self._batches = 0
         self._preflight: FlowReport | None = None
@@ -174,7 +138,7 @@ class GradHealth(Callback):
             self._reset()
             self._ran, self._shared.last = True, self
 
-    @_never_fatal
+    @never_fatal(together=True)
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -189,7 +153,7 @@ class GradHealth(Callback):
                     "DeepSpeed keeps the gradients to itself, so that clip and on_non_finite can do nothing; leave"
                     " them out, and give DeepSpeed its own: Trainer(gradient_clip_val=...)"
                 )
-            self._step_aside("gradients are unavailable under DeepSpeed, which keeps them to itself")
+            self.guard.step_aside("gradients are unavailable under DeepSpeed, which keeps them to itself")
             return
         self._session = self._watch(trainer, pl_module)
         if not self._load():  # it may be half loaded: start afresh, but do watch, and do what was asked for
@@ -211,11 +175,12 @@ class GradHealth(Callback):
             rules=self.rules,
             ignore=self.ignore,
             thresholds=self.thresholds,
-            announce=_lightning.announcer(trainer, log.warning),
+            announce=_lightning.announcer(trainer),
             probe_compiled=self.probe_compiled,
             temporal=self.temporal,
             watch_calls=False,  # whole batches are watched and remembered here
         )
+        self.guard = session.guard
         for optimizer in trainer.optimizers:
             session.monitor.index_of(optimizer)
         session.signals.across_ranks = trainer.world_size > 1
@@ -227,7 +192,7 @@ class GradHealth(Callback):
         """Run the first batch of a fresh run, and tell what is wrong; the training goes on whatever comes of it."""
         if self._state or _lightning.logged_step(trainer) > 0:
             return  # a run that goes on has shown already what there is
-        tell = _lightning.announcer(trainer, log.warning)
+        tell = _lightning.announcer(trainer)
         why = _lightning.no_preflight(trainer, pl_module)
         if why:
             tell(f"gradhealth: no preflight ({why})")
@@ -247,7 +212,7 @@ class GradHealth(Callback):
                 scale=_lightning.loss_scale(trainer),
             )
         except Exception as error:
-            tell(f"gradhealth: no preflight ({type(error).__name__}: {error})")
+            tell(f"gradhealth: no preflight ({reason_of(error)})")
             return
         said = {finding.remedy for finding in report.findings}
         for line in (*report.findings, *(remedy for remedy in report.remedies if remedy not in said)):
@@ -262,19 +227,19 @@ class GradHealth(Callback):
                 kept = KeptBatch(batch)
                 response.remember(_lightning.rerun(trainer, pl_module, kept.fresh, batch_idx), kept)
 
-    @_never_fatal
+    @never_fatal(together=True)
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at the graph of the loss."""
         if self._session is not None:
             self._session.see_loss(loss)
 
-    @_never_fatal
+    @never_fatal(together=True)
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take down what the gradients are like now: in manual optimization they may be clipped before the step."""
         if self._session is not None:
             self._session.monitor.changed.after_backward(trainer.optimizers)
 
-    @_never_fatal
+    @never_fatal(lambda self, *args: self._accompany(*args), together=True)
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -284,7 +249,7 @@ class GradHealth(Callback):
             self._session.apply(self._session.observe(optimizer, grad_scaler=scaler, step=step))
             self._stop(trainer, self._session.response.stop)
 
-    @_never_fatal
+    @never_fatal(together=True)
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -319,16 +284,16 @@ class GradHealth(Callback):
         if why and not trainer.should_stop:
             trainer.should_stop = True
             when = _lightning.held_back(trainer)
-            _lightning.announcer(trainer, log.warning)(f"gradhealth: ends the fit{when}: {why}")
+            _lightning.announcer(trainer)(f"gradhealth: ends the fit{when}: {why}")
 
-    @_never_fatal
+    @never_fatal()
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judge and log what came after the last logged step."""
         self._conclude(trainer)
         if self._unseen:
-            _lightning.announcer(trainer, log.warning)(f"gradhealth: {self._unseen}")
+            _lightning.announcer(trainer)(f"gradhealth: {self._unseen}")
 
-    @_never_fatal
+    @never_fatal()
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Judge a run that dies, or is interrupted, up to its last step."""
         self._conclude(trainer)
@@ -336,7 +301,7 @@ class GradHealth(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove every hook and let the model go; the report and the state stay."""
-        if self._session is None and self._state and not self._batches and not self._aside:
+        if self._session is None and self._state and not self._batches and not self.guard.aside:
             self._restore(trainer, pl_module)
         if stage == "fit":
             self._release()
@@ -350,7 +315,7 @@ class GradHealth(Callback):
                 self._report = session.report()
             session.close()
         except Exception as error:
-            self._step_aside(f"no report: {reason_of(error)}", error)
+            self.guard.step_aside(f"no report: {reason_of(error)}", error)
         self._session = None
 
     @property
@@ -369,24 +334,9 @@ class GradHealth(Callback):
             self._log(trainer, self._session.conclude())
 
     def _log(self, trainer: pl.Trainer, record: StepRecord) -> None:
-        if self._session is not None and trainer.loggers and _lightning.log_cadence(trainer) is not None:
+        logs = trainer.loggers and _lightning.log_cadence(trainer) is not None
+        if self._session is not None and logs and not self.guard.aside:
             self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_findings)
-
-    @property
-    def _acts(self) -> bool:
-        """Whether it may change or end the training."""
-        return self.clip is not None or self.on_non_finite != "warn" or bool(self.stop_on)
-
-    def _step_aside(self, why: str, error: Exception | None = None) -> None:
-        self._aside = why
-        acting = {"clipping": self.clip is not None, "on_non_finite": self.on_non_finite != "warn"}
-        asked = [name for name, is_asked in {**acting, "stop_on": bool(self.stop_on)}.items() if is_asked]
-        acts = f" WITHOUT {' and '.join(asked)}" if asked else ""
-        log.warning(
-            "gradhealth: steps aside for the rest of this run, training goes on%s (%s)", acts, why, exc_info=error
-        )
-        if self._session is not None:
-            self._session.close()
 
     def _accompany(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Having stepped aside, take part in what the other ranks would wait for."""
@@ -398,7 +348,11 @@ class GradHealth(Callback):
         """Keep what is asked for after a fit, and nothing else."""
         self._report, self._state = self.report(), self.state_dict()
         if self._session is not None:
-            self._session.close()
+            try:
+                self._session.close()
+            except Exception as error:
+                say(f"gradhealth: some hooks may be left on the model ({reason_of(error)})")
+        self.guard.release()
         self._session = None
         for name in ("log", "log_dict"):  # the Trainer's, bound to the model; it gives new ones to every run
             vars(self).pop(name, None)
@@ -419,13 +373,10 @@ class GradHealth(Callback):
             return report.changed(notes=(note, *report.notes))
         report = self._report
         if self._session is not None:
-            try:
-                report = self._with_loss_key(self._session.report())
-                if self._unseen:
-                    report = report.changed(notes=(self._unseen, *report.notes))
-            except Exception as error:
-                self._step_aside(f"no report: {type(error).__name__}: {error}", error)
-        return HealthReport(**{**vars(report), "aside": self._aside})
+            report = self._with_loss_key(self._session.report())
+            if self._unseen:
+                report = report.changed(notes=(self._unseen, *report.notes))
+        return report.changed(aside=self.guard.aside)
 
     @property
     def preflight_report(self) -> FlowReport | None:
@@ -449,14 +400,22 @@ class GradHealth(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Primitives and tensors only, so that checkpoints load with `weights_only=True`."""
         if self._session is not None:
-            try:
-                self._state = {**self._session.state_dict(), "logged_layers": self._sink.layers}
-            except Exception as error:
-                self._step_aside(f"no state: {type(error).__name__}: {error}", error)
+            self._state = {**self._session.state_dict(), "logged_layers": self._sink.layers}
         return self._state
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take what is no state of ours out of a checkpoint, before the Trainer looks at it."""
+        states = checkpoint.get("callbacks")
+        if isinstance(states, dict) and not isinstance(states.get(self.state_key, {}), dict):
+            self._starts_afresh(f"it is a {type(states.pop(self.state_key)).__name__}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; a state that does not fit is reported and left."""
+        if not isinstance(state_dict, dict):
+            self._starts_afresh(f"it is a {type(state_dict).__name__}")
+            return
         self._state = state_dict
         self._load()
 
@@ -464,16 +423,16 @@ class GradHealth(Callback):
         """Take up the state of a checkpoint; False where it does not fit, which is told."""
         if self._session is not None and self._state:
             try:
-                self._session.load_state_dict(self._state)
-                self._sink.layers = self._state["logged_layers"]
+                self._session.load_state_dict({k: v for k, v in self._state.items() if k != "logged_layers"})
+                self._sink.take_up(self._state.get("logged_layers"))
             except Exception as error:
-                log.warning(
-                    "gradhealth: the checkpoint's state does not fit (%s: %s): GradHealth starts afresh",
-                    type(error).__name__,
-                    error,
-                )
+                self._state = {}
+                self._starts_afresh(reason_of(error))
                 return False
         return True
+
+    def _starts_afresh(self, why: str) -> None:
+        say(f"gradhealth: the checkpoint's state does not fit ({why}): GradHealth starts afresh")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind what belongs to this process, and the log methods that the Trainer puts on callbacks."""

@@ -113,12 +113,17 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
-        self.steps = list(state["steps"])
-        self.totals = list(state["totals"])
-        self.names = list(state["names"])
-        self._stride, self._filled = state["stride"], state["filled"]
-        self._values = list(np.asarray(state["values"], dtype=np.float32))
+        """Take up what `state_dict` returned.
+
+        Raises:
+            ValueError: The parts do not belong together.
+        """
+        steps, totals, names = (list(state[name]) for name in ("steps", "totals", "names"))
+        values = np.asarray(state["values"], dtype=np.float32)
+        if values.shape != (len(steps), len(names), len(METRICS)) or len(totals) != len(steps):
+            raise ValueError(f"the history holds {values.shape} values for {len(steps)} steps and {len(names)} layers")
+        self.steps, self.totals, self.names, self._values = steps, totals, names, list(values)
+        self._stride, self._filled = int(state["stride"]), int(state["filled"])
 
 
 def sparkline(values: Sequence[float], width: int = 40) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,11 +13,10 @@ import torch
 from lightning_gradhealth.ceilings import Ceiling
 from lightning_gradhealth.history import History
 from lightning_gradhealth.merging import latest
-from lightning_gradhealth.messages import reason_of, say
+from lightning_gradhealth.messages import printable, reason_of, say
 from lightning_gradhealth.records import Finding, HealthReport, LayerStats, Severity, StepRecord
 from lightning_gradhealth.rules import Rule
-
-log = logging.getLogger("lightning_gradhealth")
+from lightning_gradhealth.saving import Saver
 
 
 class Judgement:
@@ -49,6 +49,8 @@ class Judgement:
         self.depth_seen = False
         self.signals_seen = False
         self.ceilings: dict[int, Ceiling] = {}  # by the number of the optimizer
+        self._saver = Saver()
+        self._told = _Shared()
         self.unwatched: dict[str, str] = {}  # what was no longer watched -> since when and why
 
     def lose(self, what: str, why: str, step: int) -> bool:
@@ -81,7 +83,7 @@ class Judgement:
         news = []
         for rule in list(self.rules):
             try:
-                finding = rule.judge(record)
+                finding = rule.judge(record if _is_ours(rule) else _own_copy(record))
             except Exception as error:
                 self._leave_out(rule, error)
                 continue
@@ -94,8 +96,10 @@ class Judgement:
     def _leave_out(self, rule: Rule, error: Exception) -> None:
         """Judge without a rule that has failed, from now on."""
         self.rules.remove(rule)
-        name = type(rule).__name__
-        if self.lose(f"{rule.condition} by the rule {name}", f"it failed: {reason_of(error)}", self.step):
+        name = printable(type(rule).__name__)
+        lost = f"{printable(rule.condition, 100)} by the rule {name}"
+        if self.lose(lost, f"it failed: {reason_of(error)}", self.step) and lost not in self._told:
+            self._told.add(lost)
             say(f"gradhealth: the rule {name} failed and is left out from now on; training goes on", error=error)
 
     def _supported(self, finding: Finding) -> bool:
@@ -181,13 +185,23 @@ class Judgement:
         return keys
 
     def _rule_states(self) -> dict[str, Any]:
-        states = {}
+        states: dict[str, Any] = {}
         for key, rule in self._rule_keys():
-            try:
-                states[key] = rule.state_dict()
-            except Exception:
-                log.exception("the state of the rule %s is not saved; training goes on", type(rule).__name__)
+            self._saver.put(states, key, f"the state of the rule {type(rule).__name__}", rule.state_dict)
         return states
+
+    def _restore_rules(self, states: dict[str, Any]) -> None:
+        """Give the rules their states; one of the user's that cannot take up its own starts afresh."""
+        for key, rule in self._rule_keys():
+            if key not in states:
+                continue
+            if _is_ours(rule):
+                rule.load_state_dict(states[key])
+                continue
+            fresh, place = copy.deepcopy(rule), self.rules.index(rule)
+            what = f"the state of the rule {type(rule).__name__}"
+            if not self._saver.take(what, functools.partial(rule.load_state_dict, states[key])):
+                self.rules[place] = fresh
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything as primitives, and the history's values as a tensor."""
@@ -211,17 +225,12 @@ class Judgement:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned; rules that it does not know start afresh."""
-        for key, rule in self._rule_keys():
-            if key in state["rules"]:
-                rule.load_state_dict(state["rules"][key])
+        self._restore_rules(state["rules"])
         self.findings = {f.condition: f for f in map(Finding.from_dict, state["findings"])}
         self.history.load_state_dict({**state["history"], "values": state["history"]["values"].numpy()})
         self.layers = {layer.name: layer for layer in map(LayerStats.from_dict, state["layers"])}
-        self.step = state["step"]
-        self.steps = state["steps"]
-        self.non_finite_steps = state["non_finite_steps"]
-        self.clipped_steps = state["clipped_steps"]
-        self.skipped_steps = state["skipped_steps"]
+        for name in ("step", "steps", "non_finite_steps", "clipped_steps", "skipped_steps"):
+            setattr(self, name, int(state[name]))
         self.loss_seen = state["loss_seen"]
         self.depth_seen = state["depth_seen"]
         self.signals_seen = state["signals_seen"]
@@ -262,6 +271,27 @@ def _is_grave(finding: Finding) -> bool:
     """Whether a finding can be the cause of others; of dead units only those of a layer that lets nothing through."""
     least = Severity.CRITICAL if finding.condition == "dead_units" else Severity.WARNING
     return finding.severity.rank >= least.rank
+
+
+class _Shared(set[str]):
+    """A set whose copies are itself: what a copy of its owner has told is told."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+def _is_ours(rule: Rule) -> bool:
+    return type(rule).__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _own_copy(record: StepRecord) -> StepRecord:
+    """A record that a rule of the user's may change without harm to others."""
+    return record.changed(
+        layers=tuple(layer.changed() for layer in record.layers),
+        window=tuple(step.changed() for step in record.window),
+        chains=tuple(chain.changed() for chain in record.chains),
+        temporal={name: flow.changed() for name, flow in record.temporal.items()},
+    )
 
 
 def _with(finding: Finding, **changes: Any) -> Finding:

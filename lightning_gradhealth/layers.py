@@ -7,7 +7,6 @@ for verdicts over depth.
 
 from __future__ import annotations
 
-import logging
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from lightning_gradhealth.messages import say
 from lightning_gradhealth.naming import class_of, name_of
 from lightning_gradhealth.sharding import is_flat
 from lightning_gradhealth.validation import check_int, check_regexes, likely_meant, wrong
-
-log = logging.getLogger("lightning_gradhealth")
 
 LayersSpec = str | int | Sequence[str]
 
@@ -249,7 +247,7 @@ class Layout:
                     table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
                     self._add(name, parameter, layer, owner, whose, embedding=table and parameter.ndim == 2)
         for pattern in self._unmatched():
-            log.warning("gradhealth: layers: %r matches no parameter name; its layers are grouped by module", pattern)
+            say(f"gradhealth: layers: {pattern!r} matches no parameter name; its layers are grouped by module")
 
     def _unmatched(self) -> list[str]:
         """The regexes of `layers` that match nothing."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 log = logging.getLogger("lightning_gradhealth")
 
+_AS_IT_IS = {"markup": False}  # for rich's handler: `[/x]` in a layer's name is no markup
 _REASON = 300  # characters: torch's errors may have a hundred lines
 
 
@@ -69,6 +70,7 @@ def say(line: str, *, through: Callable[[str], None] | None = None, error: BaseE
         ...     raise OSError("the pipe is closed")
         >>> say("gradhealth: all is well", through=broken)  # the logger has it now
     """
+    line = printable(line)
     if through is not None:
         try:
             through(line)
@@ -77,8 +79,8 @@ def say(line: str, *, through: Callable[[str], None] | None = None, error: BaseE
             line = f"{line} (told here since {printable(type(through).__name__)} failed: {reason_of(failure)})"
     # a handler or a filter of the user's may raise, and a traceback may not be printable
     with contextlib.suppress(Exception):
-        log.warning("%s", line, exc_info=error)
+        log.warning("%s", line, exc_info=error, extra=_AS_IT_IS)
         return
     if error is not None:
         with contextlib.suppress(Exception):
-            log.warning("%s (%s)", line, reason_of(error))
+            log.warning("%s (%s)", line, reason_of(error), extra=_AS_IT_IS)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +15,11 @@ from torch.optim import Optimizer
 
 from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_stop_on, unmatched_mutes
 from lightning_gradhealth.gradients import Clip, Decision, GradientMonitor
-from lightning_gradhealth.gradients.monitor import CAPACITY
+from lightning_gradhealth.gradients.clipping import Gradients
+from lightning_gradhealth.gradients.monitor import CAPACITY, check_step
+from lightning_gradhealth.gradients.optimizers import bare, check_optimizer, check_scaler
+from lightning_gradhealth.gradients.rows import Pattern, Row
+from lightning_gradhealth.guard import Guard, never_fatal, world_size
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import LayersSpec, UseRecorder, check_model
 from lightning_gradhealth.merging import merged
@@ -24,10 +28,9 @@ from lightning_gradhealth.norms import read_once
 from lightning_gradhealth.records import Condition, Finding, HealthReport, Severity, StepRecord
 from lightning_gradhealth.response import OnNonFinite, Response
 from lightning_gradhealth.rules import Rule, Thresholds, default_rules
+from lightning_gradhealth.saving import Saver
 from lightning_gradhealth.signals import Reading, SignalProbe, with_signals
 from lightning_gradhealth.validation import check_flag, check_keys, check_type, wrong
-
-log = logging.getLogger("lightning_gradhealth")
 
 DEFAULT_CADENCE = 50
 ALWAYS_PROBED = 2
@@ -46,7 +49,8 @@ class HealthSession:
 
     Each step: `observe` after backward and before `optimizer.step()`, then `apply`. Nothing is read from the
     device until `flush` (call it when you log) or `report`; a window of more than 1,024 steps is read in between.
-    Training is not changed, unless `clip` or `on_non_finite` says so.
+    Training is not changed, unless `clip` or `on_non_finite` says so. A failure of the session's own never ends the
+    loop: it is told once, nothing more is watched or clipped, and `report().aside` says why.
 
     Args:
         model: The model; DDP's wrapper is looked through, FSDP's is needed.
@@ -132,6 +136,9 @@ class HealthSession:
         self._last = StepRecord(step=-1)
         self._unlogged: StepRecord | None = None  # what has been read since the last flush
         self.notes: list[str] = []
+        self.guard = Guard.of(clip, on_non_finite, stop_on)
+        self.guard.close = self.close
+        self._saver = Saver()
         self._latest = self.judgement  # or its copy that has seen a window that is not over yet
         self._told: set[tuple[str, str]] = set()
         self._resumed_at = -1
@@ -163,6 +170,29 @@ class HealthSession:
         """
         if loss is not None:
             _check_loss(loss)
+        check_optimizer(bare(optimizer))
+        return self._observe(optimizer, loss, check_scaler(grad_scaler), step=check_step(step))
+
+    def _stand_by(self, optimizer: Optimizer, *_: Any, **__: Any) -> Decision:
+        """Nothing to be done; but take part in what the other ranks would wait for."""
+        if world_size() > 1:
+            with contextlib.suppress(Exception):  # it has been told already
+                self.accompany(optimizer)
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return Decision(optimizer, Gradients((), (), nothing), Row(-1, 0, Pattern((), (), ()), (), nothing, False))
+
+    @never_fatal(_stand_by, together=True)
+    def _observe(
+        self, optimizer: Optimizer, loss: Tensor | float | None, grad_scaler: GradScaler | None, *, step: int | None
+    ) -> Decision:
+        decision = self._measure(optimizer, loss, grad_scaler, step)
+        if loss is not None:
+            self.add_loss(loss)
+        return decision
+
+    def _measure(
+        self, optimizer: Optimizer, loss: Tensor | float | None, grad_scaler: GradScaler | None, step: int | None
+    ) -> Decision:
         self._settle_order()
         if len(self.monitor.rows) >= CAPACITY:
             self._take_in()
@@ -178,8 +208,6 @@ class HealthSession:
         if self.monitor.gone.news:
             self._lose_gradients(decision.row.step)
         self._close_probe(decision.row.step, decision.row.optimizer, grad_scaler)
-        if loss is not None:
-            self.add_loss(loss)
         return decision
 
     def _lose_gradients(self, step: int) -> None:
@@ -202,6 +230,7 @@ class HealthSession:
         if self._watch_calls:
             self.signals.await_calls(self._due)
 
+    @never_fatal(together=True)
     def see_loss(self, loss: Tensor | None) -> None:
         """Look at the graph of a loss, if the step to come may be one to probe; its values are not read.
 
@@ -211,11 +240,13 @@ class HealthSession:
         if self._due and (loss is not None or not self.signals.ending.leaves):
             self.signals.end(loss)
 
+    @never_fatal(together=True)
     def open_probe(self) -> None:
         """Measure signals in the forward passes that follow, if the step to come may be one to probe."""
         if self._due:
             self.signals.open()
 
+    @never_fatal(together=True)
     def pause_probe(self) -> None:
         """Take the hooks off the modules until `open_probe` is called again."""
         self.signals.pause()
@@ -241,7 +272,7 @@ class HealthSession:
             optimizer: The optimizer that is about to step.
         """
         if self.monitor.sharded or self.signals.across_ranks:
-            self.observe(optimizer)
+            self._measure(optimizer, None, None, None)
             self.monitor.rows.clear()
             self._readings.clear()
 
@@ -265,6 +296,10 @@ class HealthSession:
             ValueError: It has several elements.
         """
         _check_loss(loss)
+        self._add_loss(loss)
+
+    @never_fatal(together=True)
+    def _add_loss(self, loss: Tensor | float) -> None:
         value = loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else float(loss)
         self._losses = value if self._losses is None else self._losses + value
         waiting = False
@@ -285,12 +320,16 @@ class HealthSession:
         check_type(
             "decision", decision, Decision, "what observe() returned", "session.apply(session.observe(optimizer))"
         )
+        self._apply(decision)
+
+    @never_fatal(together=True)
+    def _apply(self, decision: Decision) -> None:
         with self.signals.held():  # forward passes may run again
             skipped = self.response.carry_out(decision, sharded=self.monitor.sharded)
         if not skipped:
             self.monitor.apply(decision)
         elif decision.row.origin and any(condition == Condition.NON_FINITE for condition, _ in self._told):
-            self._announce(f"gradhealth: step {decision.row.step}: {decision.row.origin}")
+            say(f"gradhealth: step {decision.row.step}: {decision.row.origin}", through=self._announce)
 
     @property
     def should_stop(self) -> str:
@@ -302,6 +341,7 @@ class HealthSession:
 
     # --- at the logging cadence ---
 
+    @never_fatal(lambda self: self._last, together=True)
     def flush(self) -> StepRecord:
         """Read everything since the last flush in one transfer, judge it, and return it as one record.
 
@@ -350,6 +390,7 @@ class HealthSession:
             for record in records
         ]
 
+    @never_fatal(lambda self: self._last)
     def conclude(self) -> StepRecord:
         """Judge a window that is not over yet, on a copy, so that a resumed run equals an unbroken one.
 
@@ -373,7 +414,7 @@ class HealthSession:
         for finding in findings:
             if (finding.condition, finding.severity) not in self._told:
                 self._told.add((finding.condition, finding.severity))
-                self._announce(f"gradhealth: {finding}")
+                say(f"gradhealth: {finding}", through=self._announce)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -396,6 +437,17 @@ class HealthSession:
 
     def report(self) -> HealthReport:
         """The verdict so far, steps since the last flush included (reads the device once if there are any)."""
+        return self._report().changed(aside=self.guard.aside)
+
+    def _judged(self) -> HealthReport:
+        """The verdict up to where it was watched."""
+        try:
+            return self.judgement.report(self.notes)
+        except Exception as error:
+            return HealthReport(notes=(f"no findings can be given: {reason_of(error)}",))
+
+    @never_fatal(_judged)
+    def _report(self) -> HealthReport:
         judgement, _ = self._peek()
         return judgement.report(self._notes(judgement))
 
@@ -459,15 +511,23 @@ class HealthSession:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as primitives and tensors, fit for `torch.load(weights_only=True)`."""
-        return {
-            "monitor": self.monitor.state_dict(),
-            "judgement": self.judgement.state_dict(),
-            "response": self.response.state_dict(),
-            "signals": self.signals.state_dict(),
-            "readings": [reading.state_dict() for reading in self._readings],
-            "losses": self._losses,
-            "unlogged": None if self._unlogged is None else self._unlogged.to_dict(),
+        return self._state()
+
+    @never_fatal(lambda self: {"aside": self.guard.aside})
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        parts: dict[str, Callable[[], Any]] = {
+            "monitor": self.monitor.state_dict,
+            "judgement": self.judgement.state_dict,
+            "response": self.response.state_dict,
+            "signals": self.signals.state_dict,
+            "readings": lambda: [reading.state_dict() for reading in self._readings],
+            "losses": lambda: self._losses,
+            "unlogged": lambda: None if self._unlogged is None else self._unlogged.to_dict(),
         }
+        for name, make in parts.items():
+            self._saver.put(state, name, f"the state of GradHealth ({name})", make)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned.
@@ -476,6 +536,8 @@ class HealthSession:
             TypeError: `state` is no dict.
             ValueError: It is not what `state_dict` returned; the session is as it was then.
         """
+        if isinstance(state, dict) and state.keys() == {"aside"}:
+            return  # of a run that was no longer watched: there is nothing to go on from
         check_keys("state", state, _SAVED)
         before = self.state_dict()
         try:
@@ -517,4 +579,4 @@ def _check_loss(loss: Any) -> None:
 def _warn_on_rank_zero(line: str) -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
-        log.warning(line)
+        say(line)

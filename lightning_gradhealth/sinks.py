@@ -222,6 +222,16 @@ class LoggerSink:
         self._failed: set[int] = set()
         self._told: dict[int, set[tuple[str, str]]] = {}
 
+    def take_up(self, layers: Any) -> None:
+        """Go on with the layers that a checkpoint names.
+
+        Raises:
+            TypeError: They are no names.
+        """
+        if layers is not None and not (isinstance(layers, list) and all(isinstance(name, str) for name in layers)):
+            raise TypeError(f"logged_layers must be a list of names, got {type(layers).__name__}")
+        self.layers = layers
+
     def write(self, loggers: Iterable[Any], record: StepRecord, findings: Sequence[Finding], active: int) -> None:
         """Write one record by a single `log_metrics` call a logger.
 

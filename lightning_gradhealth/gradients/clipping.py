@@ -9,7 +9,6 @@ is `on_non_finite`'s affair. Statistics live in `state`, tensors by name, one cl
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhealth.layers import Slot
+from lightning_gradhealth.messages import say
 from lightning_gradhealth.norms import norms_or_zero, wide
 from lightning_gradhealth.sharding import local, reduced
 from lightning_gradhealth.validation import check_keys, wrong
-
-log = logging.getLogger("lightning_gradhealth")
 
 
 def _here(flag: Tensor) -> Tensor:
@@ -227,9 +225,7 @@ class Clipper:
         """
         check_keys("state", state, ("kind", "state", "children"))
         if state["kind"] != type(self).__name__:
-            log.warning(
-                "gradhealth: clip: the checkpoint holds the statistics of %s: %r starts without", state["kind"], self
-            )
+            say(f"gradhealth: clip: the checkpoint holds the statistics of {state['kind']}: {self!r} starts without")
             return
         self.state = dict(state["state"])
         for child, saved in zip(self.children(), state["children"], strict=False):

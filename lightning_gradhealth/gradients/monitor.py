@@ -33,6 +33,7 @@ from lightning_gradhealth.layers import LayersSpec, Layout
 from lightning_gradhealth.merging import merged
 from lightning_gradhealth.norms import norms, norms_or_zero, read_once
 from lightning_gradhealth.records import StepRecord
+from lightning_gradhealth.saving import Saver
 from lightning_gradhealth.sharding import Sharding, local, sum_over_ranks
 from lightning_gradhealth.validation import check_int, check_keys
 
@@ -107,6 +108,7 @@ class GradientMonitor:
         self._unstepped = UnsteppedWatch(self.layout)
         self._saw_backward = False
         self._carried: dict[int, Tensor | float] = {}  # by optimizer: norm of what is left of the gradient before
+        self._saver = Saver()
 
     # --- every step ---
 
@@ -443,13 +445,16 @@ class GradientMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as primitives and tensors, slots by name, clippers by the number of the optimizer."""
         names = [slot.name for slot in self.layout.slots]
+        clippers: dict[int, Any] = {}
+        for number, clipper in self._clippers.items():
+            self._saver.put(clippers, number, f"the state of the clipper {type(clipper).__name__}", clipper.state_dict)
         return {
             "observed": list(self._observed),
             "had_grad": sorted(names[slot] for slot in self._had_grad),
             "without_grad": {names[slot]: list(entry) for slot, entry in self._without_grad.items()},
             "changed_since": dict(self.changed_since),
             "used": self.layout.used,
-            "clippers": {number: clipper.state_dict() for number, clipper in self._clippers.items()},
+            "clippers": clippers,
             **rows_to_state(self.rows, names),
         }
 
@@ -472,5 +477,12 @@ class GradientMonitor:
         self.layout.record_use(state["used"])
         for number, saved in state["clippers"].items():
             if (clipper := self.clipper_of(number)) is not None:
-                clipper.load_state_dict(saved)
+                self._restore_clipper(number, clipper, saved)
         self.rows = deque(rows_from_state(state, slot_of), maxlen=CAPACITY)
+
+    def _restore_clipper(self, number: int, clipper: Clipper, saved: dict[str, Any]) -> None:
+        """Give a clipper its state; one of the user's that cannot take up its own starts afresh."""
+        if type(clipper).__module__.partition(".")[0] == __name__.partition(".")[0]:
+            clipper.load_state_dict(saved)
+        elif not self._saver.take(f"the state of {type(clipper).__name__}", lambda: clipper.load_state_dict(saved)):
+            self._clippers[number] = copy.deepcopy(self.clip) if self.clip is not None else clipper

@@ -169,6 +169,8 @@ def rows_from_state(state: Mapping[str, Any], slot_of: Mapping[str, int]) -> lis
     rows = []
     for saved in state["rows"]:
         if (pattern := patterns[saved["pattern"]]) is not None:
+            if saved["norms"].shape != (len(pattern.slots),):
+                raise ValueError(f"{tuple(saved['norms'].shape)} norms for {len(pattern.slots)} gradients")
             probe = WeightProbe(**saved["probe"]) if saved["probe"] else None
             rows.append(Row(**{**saved, "pattern": pattern, "probe": probe}))
     return rows

@@ -6,10 +6,13 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_gradhealth.records import Finding, LayerStats, Severity, StepRecord, check_severity
-from lightning_gradhealth.validation import check_int, check_names, check_number, check_type, wrong
+from lightning_gradhealth.rules.plain import code_of, layers_of, plain, severity_of, step_of, text_of
+from lightning_gradhealth.validation import check_int, check_names, check_number, check_type, shown, wrong
+
+R = TypeVar("R", bound="Rule")
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,11 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} must define check(record)")
 
     def judge(self, record: StepRecord) -> Finding | None:
-        """Apply patience and hysteresis to `check` and return what has been found, if anything."""
+        """Apply patience and hysteresis to `check` and return what has been found, if anything.
+
+        Raises:
+            TypeError: `check` gave something else than a verdict, or one with something odd in it.
+        """
         verdict = self.check(record)
         if isinstance(verdict, NotMeasured):
             return None
@@ -226,9 +233,14 @@ class Rule:
             self._clear += 1
             self.active = self.active and self._clear < self.thresholds.release
             return None
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"check() must return a Verdict, None or NOT_MEASURED, got {shown(verdict)}")
+        layers, severity = layers_of(verdict.layers), severity_of(verdict.severity)
+        since = step_of(verdict.first_step, record.step)
+        if not isinstance(verdict.evidence, Mapping):
+            raise TypeError(f"evidence must be a dict, got {shown(verdict.evidence)}")
         self._clear = 0
-        keys = verdict.layers if self.per_layer else ("",)
-        since = record.step if verdict.first_step is None else verdict.first_step
+        keys = layers if self.per_layer else ("",)
         streaks = {key: self._streaks.get(key, (since, 0)) for key in keys}
         self._streaks = {key: (first, count + 1) for key, (first, count) in streaks.items()}
         due = [key for key in keys if self._streaks[key][1] >= self.patience]
@@ -237,14 +249,14 @@ class Rule:
         self.active = True
         return Finding(
             condition=str(self.condition),
-            severity=Severity(verdict.severity),
-            layers=tuple(due) if self.per_layer else verdict.layers,
+            severity=severity,
+            layers=tuple(due) if self.per_layer else layers,
             first_step=min(self._streaks[key][0] for key in due),
             last_step=record.step,
-            summary=verdict.summary,
-            evidence=dict(verdict.evidence),
-            remedy=verdict.remedy,
-            code=verdict.code,
+            summary=text_of(verdict.summary),
+            evidence=plain(verdict.evidence),
+            remedy=text_of(verdict.remedy),
+            code=code_of(verdict.code),
         )
 
     def over(self, layers: Iterable[str]) -> tuple[str, ...]:
@@ -256,6 +268,18 @@ class Rule:
         if not self.active:
             return tuple(layers)
         return tuple(layer for layer in layers if layer not in self._streaks) if self.per_layer else ()
+
+    def __deepcopy__(self: R, memo: dict[int, Any]) -> R:
+        """A copy with a memory of its own; what cannot be copied, as a lock or a connection, is shared."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            try:
+                own = copy.deepcopy(value, memo)
+            except Exception:
+                own = value
+            object.__setattr__(twin, name, own)
+        return twin
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the rule remembers, as primitives, lists and dicts."""
