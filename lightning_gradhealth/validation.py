@@ -121,7 +121,7 @@ def check_number(
         ...
         ValueError: alpha must be a finite number > 0 and < 1, got 1.0; .97 is the paper's
     """
-    must = f"a finite number > {above:g}"
+    must = "a finite number" + (f" > {above:g}" if above > -math.inf else "")
     if at_most is not None:
         must += f" and <= {at_most:g}"
     elif below < math.inf:
@@ -182,6 +182,21 @@ def check_names(argument: str, value: Any, must: str, remedy: str) -> tuple[str,
         if not isinstance(name, str):
             raise TypeError(wrong(argument, must, value, remedy))
     return tuple(value)
+
+
+def check_ints(argument: str, value: Any, remedy: str) -> tuple[int, ...]:
+    """Return several whole numbers as a tuple.
+
+    Raises:
+        TypeError: It is no sequence of them.
+
+    Example:
+        >>> check_ints("in_axes", [0, -1], "write in_axes=[0]")
+        (0, -1)
+    """
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(wrong(argument, "integers", value, remedy))
+    return tuple(check_int(argument, number, None, remedy) for number in value)
 
 
 def check_regex(argument: str, pattern: Any, remedy: str) -> str:

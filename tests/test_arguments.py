@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -236,12 +237,71 @@ def thresholds_and_records() -> Iterator[Row]:
         yield Row(f"{kind.__name__}.from_dict", "data", kind.from_dict, [None, 5, "{}"])
 
 
+def initialisation() -> Iterator[Row]:
+    x = torch.ones(8, 4)
+
+    def init(name: str) -> Callable[[Any], Any]:
+        return lambda value: gh.init_weights(net(), x, **{name: value})
+
+    yield Row("init_weights", "model", lambda v: gh.init_weights(v, x), NO_MODELS)
+    yield Row("plan_init", "model", lambda v: gh.plan_init(v, x), NO_MODELS)
+    yield Row("init_weights", "scheme", init("scheme"), [None, 5, True, []], ["kaimng", ""])
+    no_activations = [5, True, [], nn.ReLU, OBJECT]
+    yield Row("init_weights", "nonlinearity", init("nonlinearity"), no_activations, ["Relu", "relux"])
+    yield Row("gain", "nonlinearity", gh.gain, no_activations, ["reluu", nn.Softmax(0), torch.zeros_like])
+    yield Row("init_weights", "mode", init("mode"), [5, True, []], ["fan", "in"])
+    yield Row("init_weights", "distribution", init("distribution"), [None, 5, []], ["gauss", "Normal"])
+    yield Row("init_weights", "residual", init("residual"), [None, 5, True, []], ["x", "Fixup"])
+    yield Row("init_weights", "on_uncovered", init("on_uncovered"), [None, 5, True, []], ["x", "Raise"])
+    yield Row("init_weights", "gamma", init("gamma"), NO_NUMBERS, NOT_POSITIVE)
+    yield Row("init_weights", "seed", init("seed"), NO_INTS)
+    yield Row("init_weights", "skip", init("skip"), [5, [5], True, NAN, nn.Conv2d, b"x", None], ["(", ["("], ""])
+    yield Row("init_weights", "dry_run", init("dry_run"), NO_FLAGS)
+    no_overrides = [5, "x", [5], [("a",)], [(5, "he")], None]
+    wrong = [[("(", "he")], [("0.weight", "bogus")], [("0.weight", {"sdt": 1})], [("0.weight", {"std": NAN})]]
+    yield Row("init_weights", "overrides", init("overrides"), no_overrides, [*wrong, [("nomatch", "he")]])
+    yield Row("init_weights", "overrides", init("overrides"), [[("0.weight", {"value": True})]])
+    for name in ("gain", "gamma"):
+        fill = lambda v, name=name: gh.variance_scaling_(torch.ones(3, 3), **{name: v})  # noqa: E731
+        yield Row("variance_scaling_", name, fill, [True, "x", 1j, torch.tensor(1.0)], NOT_POSITIVE)
+    for name in ("fan_in", "generator", "in_axes"):
+        options = {"in_axes": {"out_axes": [0]}}.get(name, {})
+        fill = lambda v, n=name, o=options: gh.variance_scaling_(torch.ones(3, 3), **{**o, n: v})  # noqa: E731
+        yield Row("variance_scaling_", name, fill, ["x", 1j, {}, True])
+    no_tensors = [None, 5, "x", [1.0], nn.Linear(2, 2)]
+    unfit = [torch.ones(3, dtype=torch.long), torch.ones(()), torch.ones(3)]
+    for name in ("he_normal_", "he_uniform_", "xavier_normal_", "xavier_uniform_", "lecun_normal_", "lecun_uniform_"):
+        yield Row(name, "tensor", getattr(gh, name), no_tensors, unfit)
+    yield Row("delta_orthogonal_", "tensor", gh.delta_orthogonal_, no_tensors, [torch.ones(3), torch.ones(2, 4, 3)])
+    yield Row("variance_scaling_", "tensor", gh.variance_scaling_, no_tensors, unfit)
+    yield Row("register_initializer", "module_type", gh.register_initializer, [5, "x", None, int, nn.ReLU(), []])
+    yield Row("fans", "module", gh.fans, [None, 5, "x", nn.Linear, torch.ones(3)])
+    axes = lambda **options: gh.Axes(**{"in_axes": 0, "out_axes": 1, **options})  # noqa: E731
+    yield Row("Axes", "in_axes", keyword(axes, "in_axes"), ["x", None, 1.5, [0.5], {}, True], [(0, 0), (), 1])
+    yield Row("Axes", "out_axes", keyword(axes, "out_axes"), ["x", None, 1.5], [(1, 1), [], 0])
+    yield Row("Axes", "split", keyword(axes, "split"), ["x", 5, (1,), (1, 1.5), {}, True], [(1, 0), (1, -1)])
+    yield Row("Fans.fan", "mode", gh.Fans(1.0, 2.0).fan, [None, 5], ["fan"])
+
+
+def metrics() -> Iterator[Row]:
+    yield Row("GradientNorm", "reduction", gh.GradientNorm, [None, 5, True, []], ["sum", ""])
+    yield Row("GradientNormRatio", "layers", gh.GradientNormRatio, [None, True, NAN], [0, [], "", "modules"])
+    yield Row("GradientNormRatio", "reduction", keyword(gh.GradientNormRatio, "reduction"), [5, []], ["mean"])
+    yield Row("DeadUnitFraction", "activation", gh.DeadUnitFraction, [None, 5, True, nn.ReLU], ["tanh", "reluu"])
+    yield Row("DeadUnitFraction", "axis", keyword(gh.DeadUnitFraction, "axis"), ["x", None, 1.5, True, NAN])
+    yield Row("SaturatedUnitFraction", "activation", gh.SaturatedUnitFraction, [None, 5, []], ["relu", "tanhh"])
+    saturated = keyword(gh.SaturatedUnitFraction, "threshold")
+    yield Row("SaturatedUnitFraction", "threshold", saturated, NO_NUMBERS, [*NOT_POSITIVE, 1, 2])
+
+
 ROWS = [
     *callback_and_session(),
     *steps_of_a_session(),
     *monitor(),
     *clippers(),
     *thresholds_and_records(),
+    *initialisation(),
+    *metrics(),
 ]
 
 
@@ -251,10 +311,10 @@ def parts_of(value: Any) -> set[str]:
     if isinstance(value, torch.Tensor):
         parts |= {str(tuple(value.shape)), str(value.dtype), type(value).__name__}
     elif isinstance(value, dict):
-        parts |= {shown(part) for pair in value.items() for part in pair}
+        parts |= {part for pair in value.items() for part in parts_of(pair)}
         parts |= {"it has no", "cannot be read"}  # a state
     elif isinstance(value, (list, tuple)):
-        parts |= {shown(part) for part in value}
+        parts |= {found for part in value for found in parts_of(part)}
     return parts
 
 
@@ -305,6 +365,18 @@ def right() -> Iterable[tuple[str, Callable[[], Any], str]]:
     yield "percentile=100", lambda: gh.PercentileClip(100), "the greatest norm of the window"
     yield "window=numpy", lambda: gh.PercentileClip(window=np.int64(9)), "NumPy's numbers"
     yield "exclude=[]", lambda: gh.UnitwiseClip(exclude=[]), "none, as ()"
+    init = lambda **options: gh.init_weights(net(), torch.ones(8, 4), **options)  # noqa: E731
+    yield "scheme='HE'", lambda: init(scheme="HE"), "schemes are names of people, in any spelling of capitals"
+    yield "nonlinearity=None", lambda: init(nonlinearity=None), "no activation: linear"
+    yield "mode=None", lambda: init(mode=None), "the scheme's own"
+    yield "seed=-1", lambda: init(seed=-1), "any whole number is a seed, as it is hashed with the names"
+    yield "seed=2**70", lambda: init(seed=2**70), "as before"
+    yield "seed=numpy", lambda: init(seed=np.int64(3)), "NumPy's numbers"
+    yield "gain(None)", lambda: gh.gain(None), "linear"
+    yield "gain=None", lambda: gh.variance_scaling_(torch.ones(3, 3), gain=None), "that of the nonlinearity"
+    yield "Axes(-10)", lambda: gh.Axes(in_axes=-10, out_axes=1), "counted from the end; checked when the shape is known"
+    yield "GradientNormRatio(5)", lambda: gh.GradientNormRatio(5), "a depth"
+    yield "an empty batch", lambda: gh.SignalGain().update(torch.ones(0), torch.ones(3)), "the last batch of a rank"
     yield "Thresholds(numpy)", lambda: gh.Thresholds(time_window=np.int64(9), time_ratio=np.float64(9.0)), "NumPy's"
     yield "dead_units=1", lambda: gh.Thresholds(dead_units=1.0), "all units: a share"
     yield "layers=[...]", lambda: gh.Verdict("info", "s", "r", layers=["0"]), "any sequence of names"  # type: ignore[arg-type]
@@ -482,3 +554,112 @@ def test_whole_thresholds_stay_whole_and_rules_with_them_do_not_fail_later() -> 
         given: Any = {field.name: np.int64(3) if field.type == "int" else np.float64(0.5)}
         value = getattr(gh.Thresholds(**given), field.name)
         assert type(value) is (int if field.type == "int" else float)
+
+
+# --- initialisation: all or nothing ---
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.full((8,), 0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.t
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def fails_when_it_fills(module: Any, context: Any) -> None:
+    def fill(tensor: torch.Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(torch.rand(()).item())
+        raise RuntimeError("mine")
+
+    context.fill_(module.t, fill)
+
+
+def fails_at_once(module: Any, context: Any) -> None:
+    torch.rand(3)
+    raise RuntimeError("mine")
+
+
+@pytest.mark.usefixtures("own_registry")
+@pytest.mark.parametrize("initializer", [fails_when_it_fills, fails_at_once])
+@pytest.mark.parametrize("norm", [None, torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.weight_norm])
+def test_an_initializer_that_fails_half_way_leaves_the_model_as_it_was(initializer: Any, norm: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), Scale(), nn.Linear(8, 8))
+    if norm is not None:
+        norm(model[0])
+    gh.register_initializer(Scale)(initializer)
+    x = torch.randn(4, 8)
+    before, output = {k: v.clone() for k, v in model.state_dict().items()}, model.eval()(x)
+    state = torch.get_rng_state()
+    warnings.simplefilter("ignore")
+    with pytest.raises(RuntimeError, match="mine"):
+        gh.init_weights(model, x)
+    assert torch.equal(state, torch.get_rng_state())
+    assert unchanged(model, before)
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("batch", [torch.randn(4, 5), "x", torch.full((8, 4), NAN), torch.full((8, 4), INF), []])
+def test_a_batch_that_cannot_calibrate_changes_nothing(batch: Any) -> None:
+    model = net()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    with pytest.raises(ValueError, match="calibrate must be a batch"):
+        gh.init_weights(model, torch.ones(8, 4), calibrate=batch)
+    assert unchanged(model, before)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_batch_of_zeros_is_told_and_makes_no_nan() -> None:
+    model = net()
+    report = gh.init_weights(model, torch.ones(8, 4), calibrate=torch.zeros(8, 4))
+    assert [note for note in report.notes if "does not vary" in note and "2 weights" in note]
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_integers_for_a_layer_of_numbers_are_no_sample() -> None:
+    with pytest.raises(ValueError, match=r"example_inputs must go through model\.forward"):
+        gh.init_weights(net(), torch.ones(8, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("views", ["three", "keys and values", "one"])
+def test_attention_over_views_is_calibrated(views: str, bias: bool) -> None:
+    """The packed projection reads parts of its weight and bias, and one of them may be what is measured."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True, bias=bias)
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query, key = x.unsqueeze(1), x.unsqueeze(1)
+            value = key if views == "keys and values" else x.unsqueeze(1)
+            given = (query, query, query) if views == "one" else (query, key, value)
+            return self.head(self.attention(*given, need_weights=False)[0].squeeze(1))
+
+    model = Attends()
+    report = gh.init_weights(model, seed=1, calibrate=3.0 * torch.randn(256, 16))
+    after = {point.name: point.after for point in report.depth}
+    assert after["attention.in_proj_weight"] == pytest.approx(1.0, abs=0.02)
+    assert after["head.weight"] == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", ["auto", "he", "orthogonal"])
+def test_an_orthogonal_parametrization_in_half_precision(dtype: torch.dtype, scheme: str) -> None:
+    """torch has no QR there: it is worked out in float32, and what is remembered keeps its dtype."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    torch.nn.utils.parametrizations.orthogonal(model[0])
+    model.to(dtype)
+    before = model[0].weight.detach().clone()
+    gh.init_weights(model, torch.randn(4, 8, dtype=dtype), seed=0, scheme=scheme)
+    weight = model[0].weight.detach()
+    assert {value.dtype for value in model.state_dict().values()} == {dtype}
+    assert not torch.equal(weight, before)
+    assert (weight.float() @ weight.float().T - torch.eye(8)).abs().max() < 0.02

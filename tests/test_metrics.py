@@ -493,7 +493,11 @@ def test_plot(index: int) -> None:
         (lambda: DeadUnitFraction("tanh"), ValueError, "one of 'relu', 'relu6', got 'tanh'; .*SaturatedUnitFraction"),
         (lambda: SaturatedUnitFraction("relu"), ValueError, "'softsign', got 'relu'; DeadUnitFraction is for"),
         (lambda: DeadUnitFraction(axis=1.0), TypeError, r"axis must be an int, got 1.0; 1 for"),
-        (lambda: SaturatedUnitFraction(threshold=5), ValueError, "threshold must be between 0 and 1, got 5; leave"),
+        (
+            lambda: SaturatedUnitFraction(threshold=5),
+            ValueError,
+            "threshold must be a finite number > 0 and < 1, got 5; leave",
+        ),
         (lambda: GradientNorm().update(mlp()), ValueError, r"none of its parameters has a gradient; .*backward\(\)"),
         (lambda: GradientNormRatio().update(mlp()), ValueError, "none of its parameters has a gradient; update"),
         (lambda: GradientNorm().update(nn.ReLU()), ValueError, "model has no parameters; give"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_gradhealth.init.context import InitContext
+from lightning_gradhealth.validation import check_int, wrong
 
 ATTRIBUTE = "gradhealth_axes"
 
@@ -50,12 +50,16 @@ class Axes:
 
     def __post_init__(self) -> None:
         ins, outs = _axes("in_axes", self.in_axes), _axes("out_axes", self.out_axes)
+        for argument, axes in (("in_axes", ins), ("out_axes", outs)):
+            if not axes or len(set(axes)) < len(axes):
+                remedy = f"name at least one axis, and each once: {argument}=0"
+                raise ValueError(wrong(argument, "different axes", getattr(self, argument), remedy))
         if set(ins) & set(outs):
             raise ValueError(f"in_axes and out_axes must be different axes, got {ins} and {outs}; name each axis once")
         if self.split is None:
             return
         if not isinstance(self.split, Sequence) or len(self.split) != 2:
-            raise TypeError(f"split must be an axis and a count or sizes, got {self.split!r}; write split=(0, 3)")
+            raise TypeError(wrong("split", "an axis and a count or sizes", self.split, "write split=(0, 3)"))
         _axes("split", self.split[0])
         sizes = _axes("split", self.split[1])
         if not sizes or min(sizes) < 1:
@@ -89,11 +93,8 @@ class Axes:
 
 
 def _axes(argument: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    try:
-        values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        return tuple(operator.index(axis) for axis in values)
-    except TypeError as error:
-        raise TypeError(f"{argument} must be an integer or several, got {value!r}; write {argument}=0") from error
+    values = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)
+    return tuple(check_int(argument, axis, None, f"write {argument}=0", "an integer or several") for axis in values)
 
 
 def draw_declared(module: nn.Module, declared: Mapping[str, Axes], context: InitContext) -> None:

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradhealth.init.owned import Owned
 from lightning_gradhealth.isolation import undisturbed
 from lightning_gradhealth.tracing import UNITS, Graph, Station, Trace, TraceError, follow
 
+STILL = "its output does not vary on the batch"
+NON_FINITE = "its output is NaN or Inf on the batch"
 TOLERANCE = 0.02  # of a standard deviation: what is not reached within it is told
 
 
@@ -49,7 +52,7 @@ def calibrate(model: nn.Module, batch: Any, targets: Sequence[tuple[Owned, float
         What it has measured.
 
     Raises:
-        ValueError: The forward pass fails on the batch; the weights drawn are kept.
+        ValueError: The forward pass fails on the batch.
 
     Paper: Mishkin and Matas 2016, All you need is a good init (arXiv:1511.06422), here without iterations.
     """
@@ -79,6 +82,24 @@ def calibrate(model: nn.Module, batch: Any, targets: Sequence[tuple[Owned, float
     return Calibrated(rescaled.stds, checked.stds, left)
 
 
+def check_batch(batch: Any) -> None:
+    """Raise unless a batch is made of numbers; a mask may hold -Inf.
+
+    Raises:
+        ValueError: It has a NaN or an Inf.
+
+    Example:
+        >>> check_batch(torch.tensor([0.0, math.nan]))
+        Traceback (most recent call last):
+        ...
+        ValueError: calibrate must be a batch of numbers, got shape (2,) with NaN or Inf; give data of the training
+    """
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta and not (leaf < math.inf).all():
+            what = f"shape {tuple(leaf.shape)} with NaN or Inf"
+            raise ValueError(f"calibrate must be a batch of numbers, got {what}; give data of the training")
+
+
 def _prepare(model: nn.Module) -> None:
     """Dropout off, batch norms on: they would not normalise by statistics that nobody has gathered yet."""
     model.eval()
@@ -96,7 +117,7 @@ class _Pass:
         self.stds: dict[str, float] = {}
         self.left: dict[str, str] = {}
 
-    def see(self, trace: Trace, outputs: list[Tensor]) -> None:
+    def see(self, trace: Trace, outputs: list[Tensor], given: list[Tensor]) -> None:
         """Take in one operation."""
         if self._graph is None:
             self._graph = Graph(trace)
@@ -109,7 +130,7 @@ class _Pass:
             self.left.update(dict.fromkeys(chosen, "one of several parameters that make one weight"))
         elif chosen and not self.stds.keys() & chosen.keys():  # a second use reads what the first has settled
             ((owned, std),) = chosen.values()
-            self._settle(owned, std, outputs[0], _bias(trace, station, outputs[0]))
+            self._settle(owned, std, outputs[0], _bias(trace, station, given))
 
     def _settle(self, owned: Owned, target: float, output: Tensor, bias: Tensor | float) -> None:
         linear = output - bias
@@ -118,7 +139,7 @@ class _Pass:
         if not self._rescale:
             return
         if not (math.isfinite(std) and std > 0):
-            self.left[owned.name] = "its output does not vary on the batch"
+            self.left[owned.name] = STILL if std == 0 else NON_FINITE
             return
         if self._multiply(owned, target / std):
             output.copy_(linear * (target / std) + bias)
@@ -139,13 +160,17 @@ class _Pass:
         return False
 
 
-def _bias(trace: Trace, station: Station, output: Tensor) -> Tensor | float:
-    """What the operation has added to the product, in the shape of its output."""
+def _bias(trace: Trace, station: Station, given: Sequence[Tensor]) -> Tensor | float:
+    """What the operation has added to the product, in the shape of its output: a parameter, or a part of one."""
     if not station.bias:
         return 0.0
-    bias = trace.parameters[station.bias[0]].detach()
-    if bias.dim() == 1 and "conv" in trace.events[station.event].name:
-        return bias.view(-1, *[1] * (output.dim() - 2))
+    event = trace.events[station.event]
+    product = (station.reads[0], station.operand)
+    by_value = dict(zip(event.reads, given, strict=True))
+    data = by_value[station.reads[0]]
+    bias = next(tensor.detach() for value, tensor in by_value.items() if value not in product)
+    if bias.dim() == 1 and "conv" in event.name:
+        return bias.view(-1, *[1] * (data.dim() - 2))
     return bias
 
 

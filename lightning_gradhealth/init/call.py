@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_gradhealth.init.checks import one_of, positive
 from lightning_gradhealth.init.fans import MODES
 from lightning_gradhealth.init.gains import Nonlinearity, gain
 from lightning_gradhealth.init.overrides import Override, Overrides, check_overrides
 from lightning_gradhealth.init.residual import RESIDUAL
 from lightning_gradhealth.init.schemes import DISTRIBUTIONS, SCHEMES
 from lightning_gradhealth.init.settings import Settings
+from lightning_gradhealth.validation import check_choice, check_int, check_number, check_regexes
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,24 @@ def check_call(
         TypeError: `seed` is no integer, or `overrides` are no pairs.
         ValueError: An argument is out of range.
     """
-    key = scheme.lower() if isinstance(scheme, str) else scheme
-    one_of("scheme", key, SCHEMES)
+    key = scheme.lower() if isinstance(scheme, str) else scheme  # "He" and "Xavier" are names of people
+    check_choice("scheme", key, SCHEMES)
     if mode is not None:
-        one_of("mode", mode, MODES)
-    one_of("distribution", distribution, DISTRIBUTIONS)
-    one_of("on_uncovered", on_uncovered, ("warn", "raise", "ignore"))
-    one_of("residual", residual, RESIDUAL)
-    positive("gamma", gamma, "leave it out for the scheme's own scale")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-        raise TypeError(f"seed must be an int or None, got {seed!r}; None draws one from torch's global state")
+        check_choice("mode", mode, MODES)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    check_choice("on_uncovered", on_uncovered, ("warn", "raise", "ignore"))
+    check_choice("residual", residual, RESIDUAL)
+    check_number("gamma", gamma, "leave it out for the scheme's own scale")
+    if seed is not None:
+        seed = check_int("seed", seed, None, "None draws one from torch's global state", "an int or None")
     chosen = SCHEMES[key]
     found = isinstance(nonlinearity, str) and nonlinearity == "auto"
     own = gain(chosen.nonlinearity if found else nonlinearity)
-    settings = Settings(chosen, distribution, mode, own, gamma, gain_given=not found)
+    settings = Settings(chosen, distribution, mode, own, float(gamma), gain_given=not found)
     wishes = check_overrides(overrides)
     return Call(settings, nonlinearity, wishes, residual, _patterns(skip), seed, on_uncovered)
 
 
 def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:
-    try:
-        return [re.compile(pattern) for pattern in ([skip] if isinstance(skip, str) else skip)]
-    except (re.error, TypeError) as error:
-        raise ValueError(
-            f"skip must be regular expressions, got {skip!r} ({error}); they match whole names of parameters,"
-            r' such as r"head\..*"'
-        ) from error
+    remedy = r'they match whole names of parameters, such as r"head\..*"'
+    return [re.compile(pattern) for pattern in check_regexes("skip", skip, remedy)]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_gradhealth.init.checks import one_of
+from lightning_gradhealth.layers import check_model
+from lightning_gradhealth.validation import check_choice, check_ints, check_type
 
 MODES = ("fan_in", "fan_out", "fan_avg", "fan_geo")
 
@@ -46,7 +47,7 @@ class Fans(NamedTuple):
             >>> Fans(fan_in=4, fan_out=16).fan("fan_avg")
             10.0
         """
-        one_of("mode", mode, MODES)
+        check_choice("mode", mode, MODES)
         return {
             "fan_in": self.fan_in,
             "fan_out": self.fan_out,
@@ -86,8 +87,12 @@ def shape_fans(
         )
     if in_axes is None or out_axes is None:
         if len(shape) < 2:
-            raise ValueError(f"shape must have 2 axes or more to tell its fans, got {shape}; give fan_in and fan_out")
+            raise ValueError(
+                f"tensor must have 2 axes or more to tell its fans, got the shape {shape}; give fan_in and fan_out"
+            )
         in_axes, out_axes = (1,), (0,)
+    for argument, given in (("in_axes", in_axes), ("out_axes", out_axes)):
+        check_ints(argument, given, f"a list of axes, such as {argument}=[0]")
     axes = [axis + len(shape) if axis < 0 else axis for axis in (*in_axes, *out_axes)]
     if len(set(axes)) < len(axes) or not set(axes) <= set(range(len(shape))):
         raise ValueError(
@@ -128,7 +133,7 @@ def fans(module: nn.Module, name: str = "weight") -> Fans:
         >>> fans(nn.LSTM(10, 20), "weight_ih_l0")
         Fans(fan_in=10.0, fan_out=20.0)
     """
-    kind = type(module).__name__
+    kind = type(check_model("module", module)).__name__
     raise TypeError(
         f"module must be of a known kind to tell the fans of {name!r}, got {kind} with the shape"
         f" {tuple(_shape(module, name))}; use variance_scaling_ with fan_in and fan_out, or with in_axes"
@@ -138,6 +143,7 @@ def fans(module: nn.Module, name: str = "weight") -> Fans:
 
 def _shape(module: nn.Module, name: str) -> Sequence[int]:
     """The shape of a parameter that can have fans."""
+    check_type("name", name, str, "the name of a parameter", "see module.named_parameters()")
     kind, parameter = type(module).__name__, getattr(module, name, None)
     if not isinstance(parameter, Tensor):
         raise ValueError(f"name must be a parameter of {kind}, got {name!r}; see module.named_parameters()")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_gradhealth.init.checks import one_of
+from lightning_gradhealth.validation import check_choice, shown
 
 Nonlinearity = str | nn.Module | Callable[[Tensor], Tensor] | None
 
@@ -60,6 +60,7 @@ def gain(nonlinearity: Nonlinearity) -> float:
     Raises:
         ValueError: The name is unknown, or the thing is no activation: it fails on a vector, gives another
             shape, NaN or Inf, zeros only, random values, or mixes elements.
+        TypeError: It is a class, or cannot be called.
 
     Example:
         >>> round(gain("relu"), 4), round(gain(nn.LeakyReLU(0.2)), 4), round(gain(torch.tanh), 4)
@@ -94,17 +95,17 @@ def backward_gain(nonlinearity: Nonlinearity) -> float:
 def _second_moment(nonlinearity: Nonlinearity, *, derivative: bool) -> float:
     """E[f(z)^2], or E[f'(z)^2], for a standard normal z."""
     if isinstance(nonlinearity, type):
-        raise _no_activation(nonlinearity, "it is a class; pass an instance of it")
+        raise TypeError(_no_activation(nonlinearity, "it is a class, not an instance of it"))
     if nonlinearity is None:
         return 1.0
     if isinstance(nonlinearity, str):
-        one_of("nonlinearity", nonlinearity, _NAMED)
+        check_choice("nonlinearity", nonlinearity, _NAMED)
         with torch.device("cpu"):
             function: Callable[[Tensor], Tensor] = _NAMED[nonlinearity]()
     elif callable(nonlinearity):
         function = nonlinearity
     else:
-        raise _no_activation(nonlinearity, "it cannot be called")
+        raise TypeError(_no_activation(nonlinearity, "it cannot be called"))
     slope = _square_slope(function)
     if slope is not None:
         if not slope < math.inf:
@@ -148,8 +149,8 @@ class _NoActivation(Exception):
 
 def _no_activation(nonlinearity: object, why: str) -> ValueError:
     return ValueError(
-        f"nonlinearity must be an activation that works element by element, got {nonlinearity!r}: {why};"
-        f' pass a name such as "relu", an activation module or an elementwise function'
+        f"nonlinearity must be an activation that works element by element, got {shown(nonlinearity)}: {why};"
+        ' pass a name such as "relu", an activation module or an elementwise function'
     )
 
 

@@ -14,6 +14,7 @@ from lightning_gradhealth.init.context import InitContext
 from lightning_gradhealth.init.fans import fans
 from lightning_gradhealth.init.gains import gain as gain_of
 from lightning_gradhealth.init.owned import Owned
+from lightning_gradhealth.validation import wrong
 
 H = TypeVar("H", bound=Callable[..., None])
 
@@ -82,11 +83,12 @@ def register_initializer(module_type: type[nn.Module]) -> Callable[[H], H]:
         0.5
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(
-            f"module_type must be a subclass of nn.Module, got {module_type!r}; write @register_initializer(MyModule)"
-        )
+        remedy = "write @register_initializer(MyModule)"
+        raise TypeError(wrong("module_type", "a subclass of nn.Module", module_type, remedy))
 
     def register(function: H) -> H:
+        if not callable(function):
+            raise TypeError(wrong("function", "a function fn(module, context)", function, "decorate a function"))
         initialize.register(module_type, function)
         _RULES[module_type] = getattr(function, "__name__", type(function).__name__)
         return function

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_gradhealth.init.checks import positive
 from lightning_gradhealth.init.gains import Nonlinearity, gain as gain_of
-from lightning_gradhealth.init.schemes import check_fillable, drawing_dtype
+from lightning_gradhealth.init.schemes import check_fillable, check_generator, drawing_dtype
+from lightning_gradhealth.validation import check_number
 
 
 def orthogonal_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -84,9 +84,10 @@ def delta_orthogonal_(
     check_fillable(tensor)
     if (reason := why_no_delta(tuple(tensor.shape))) is not None:
         raise ValueError(f"tensor must be a convolution's weight (out, in, *kernel), but {reason}")
+    check_generator(generator)
     factor = gain_of(nonlinearity) if gain is None else gain
-    positive("gain", factor, "leave it out to have it follow from nonlinearity")
-    positive("gamma", gamma, "leave it out for the scheme's own scale")
+    check_number("gain", factor, "leave it out to have it follow from nonlinearity")
+    check_number("gamma", gamma, "leave it out for the scheme's own scale")
     device = tensor.device if generator is None else generator.device
     tap = torch.empty(tensor.shape[:2], dtype=drawing_dtype(tensor), device=device)
     with torch.no_grad():

@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_gradhealth.init.checks import one_of, positive
 from lightning_gradhealth.init.fans import MODES
 from lightning_gradhealth.init.gains import gain as gain_of
 from lightning_gradhealth.init.owned import Owned
 from lightning_gradhealth.init.schemes import DISTRIBUTIONS, SCHEMES
 from lightning_gradhealth.init.settings import Settings
+from lightning_gradhealth.validation import check_choice, check_number
 
 Selector = type[nn.Module] | str | Callable[[str, Tensor], bool]
 Action = str | float | Mapping[str, Any]
@@ -119,12 +119,12 @@ def _selector(argument: str, selector: Any) -> Any:
 def _wish(argument: str, action: Any) -> Wish:
     if isinstance(action, str):
         word = action.lower()
-        one_of(argument, word, (*SCHEMES, *_WORDS))
+        check_choice(argument, word, (*SCHEMES, *_WORDS))
         if word in _WORDS:
             return Wish(skip=word == "skip", value=None if word == "skip" else float(word == "ones"))
         return Wish(changes={"scheme": word})
     if isinstance(action, numbers.Real) and not isinstance(action, bool):
-        positive(f"{argument} as a gain", action, 'write "zeros" to set it to 0')
+        check_number(f"{argument} as a gain", action, 'write "zeros" to set it to 0')
         return Wish(changes={"gain": float(action)})
     if isinstance(action, Mapping):
         return _from_keys(argument, action)
@@ -148,20 +148,20 @@ def _from_keys(argument: str, action: Mapping[str, Any]) -> Wish:
                 f"{argument} contradicts itself: {key!r} and {clash[0]!r} both say how large the weight is; keep one"
             )
     if "value" in action:
-        value = action["value"]
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise ValueError(f"{argument}['value'] must be a finite number, got {value!r}; every element gets it")
-        return Wish(value=float(value))
+        value = check_number(f"{argument}['value']", action["value"], "every element gets it", above=-math.inf)
+        return Wish(value=value)
     changes = dict(action)
     if "scheme" in changes:
         changes["scheme"] = str(changes["scheme"]).lower()
-        one_of(f"{argument}['scheme']", changes["scheme"], SCHEMES)
+        check_choice(f"{argument}['scheme']", changes["scheme"], SCHEMES)
     for key, known in (("mode", MODES), ("distribution", DISTRIBUTIONS)):
         if key in changes:
-            one_of(f"{argument}[{key!r}]", changes[key], known)
+            check_choice(f"{argument}[{key!r}]", changes[key], known)
     for key in ("gain", "gamma", "std"):
         if key in changes:
-            positive(f"{argument}[{key!r}]", changes[key], 'leave it out, or write "zeros" to set it to 0')
+            changes[key] = check_number(
+                f"{argument}[{key!r}]", changes[key], 'leave it out, or write "zeros" to set it to 0'
+            )
     return Wish(changes=changes)
 
 

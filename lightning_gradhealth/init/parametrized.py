@@ -73,7 +73,12 @@ class _Parametrized(Computed):
         return ""
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return _backwards(self._chain, weight)
+        try:
+            return _backwards(self._chain, weight)
+        except NotImplementedError:  # torch has no QR in half precision
+            if weight.dtype not in (torch.bfloat16, torch.float16):
+                raise
+        return _backwards_in_float32(self._chain, weight)
 
     def settle(self, generator: torch.Generator) -> None:
         received: tuple[Tensor, ...] = tuple(p.detach() for _, p in self._chain.named_parameters(recurse=False))
@@ -88,6 +93,16 @@ def _backwards(chain: parametrize.ParametrizationList, weight: Tensor) -> tuple[
     for part in reversed(list(chain)):
         value = part.right_inverse(value)  # type: ignore[operator]
     return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def _backwards_in_float32(chain: parametrize.ParametrizationList, weight: Tensor) -> tuple[Tensor, ...]:
+    """The same worked out in float32; what the parametrizations remember and store is rounded."""
+    values = _backwards(chain, weight.float())
+    for part in chain:
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.dtype is torch.float32:
+                setattr(part, name, buffer.to(weight.dtype))
+    return tuple(value.to(weight.dtype) for value in values)
 
 
 @singledispatch

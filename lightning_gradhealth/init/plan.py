@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_gradhealth.init.advice import Advised
+from lightning_gradhealth.init.atomic import all_or_nothing, random_state_kept_on_error
 from lightning_gradhealth.init.auto import advise
 from lightning_gradhealth.init.binding import bind
-from lightning_gradhealth.init.calibration import Calibrated, calibrate as calibrate_weights
+from lightning_gradhealth.init.calibration import (
+    NON_FINITE,
+    STILL,
+    Calibrated,
+    calibrate as calibrate_weights,
+    check_batch,
+)
 from lightning_gradhealth.init.call import Call, check_call
 from lightning_gradhealth.init.decide import WOULD_TELL, decide
 from lightning_gradhealth.init.gains import Nonlinearity
@@ -26,8 +33,9 @@ from lightning_gradhealth.init.parametrized import has_computed
 from lightning_gradhealth.init.parts import Part, in_order, target_of
 from lightning_gradhealth.init.settings import joined
 from lightning_gradhealth.isolation import RandomState, undisturbed
-from lightning_gradhealth.layers import clean_name, unwrap
+from lightning_gradhealth.layers import check_model, clean_name, unwrap
 from lightning_gradhealth.records import DepthPoint, InitEntry, InitReport
+from lightning_gradhealth.validation import check_flag
 
 
 def init_weights(
@@ -117,8 +125,9 @@ def init_weights(
     layers Saxe et al. 2014 (arXiv:1312.6120) and Jozefowicz et al. 2015.
     """
     call = check_call(scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, on_uncovered)
-    if not dry_run:
-        return _plan(model, example_inputs, calibrate, call).apply()
+    if not check_flag("dry_run", dry_run, "leave it out to initialise the model"):
+        with random_state_kept_on_error():
+            return _plan(model, example_inputs, calibrate, call).apply()
     state = RandomState.now()
     try:
         return _plan(model, example_inputs, calibrate, call).report
@@ -179,7 +188,8 @@ def plan_init(
         0.06
     """
     call = check_call(scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, on_uncovered)
-    return _plan(model, example_inputs, calibrate, call)
+    with random_state_kept_on_error():
+        return _plan(model, example_inputs, calibrate, call)
 
 
 class InitPlan:
@@ -222,13 +232,14 @@ class InitPlan:
                         " materialised, or materialise it by model.to_empty(device=...) first"
                     )
         seed = self.report.seed
-        with torch.no_grad():
-            for part in parts:
-                part.write(seed)
         targets = [(part.owned, part.target) for part in parts if part.target is not None]
-        found = None if self._calibrate is None else calibrate_weights(self._model, self._calibrate, targets, seed)
-        with torch.no_grad():
-            entries = in_order(self._model, parts, measured=True)
+        with all_or_nothing([part.owned for part in parts if part.sets]):
+            with torch.no_grad():
+                for part in parts:
+                    part.write(seed)
+            found = None if self._calibrate is None else calibrate_weights(self._model, self._calibrate, targets, seed)
+            with torch.no_grad():
+                entries = in_order(self._model, parts, measured=True)
         report = replace(self.report, entries=entries, applied=True)
         return report if found is None else _with_measured(report, found, targets)
 
@@ -284,9 +295,9 @@ class InitPlan:
 
 def _plan(model: nn.Module, example_inputs: Any, batch: Any, call: Call) -> InitPlan:
     """Make a plan; its warnings are told to whoever called the function that called this."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass the model itself")
-    model = unwrap(model)
+    model = unwrap(check_model("model", model))
+    if batch is not None:
+        check_batch(batch)
     check_shapes(model)
     sample = batch if example_inputs is None else example_inputs
     auto = call.settings.scheme.name == "auto"
@@ -345,7 +356,23 @@ def _with_measured(report: InitReport, found: Calibrated, targets: Sequence[tupl
         else entry
         for entry in report.entries
     )
-    return replace(report, entries=entries, depth=tuple(({**predicted, **points}).values()))
+    return replace(
+        report,
+        entries=entries,
+        depth=tuple(({**predicted, **points}).values()),
+        notes=(*report.notes, *_as_drawn(found)),
+    )
+
+
+def _as_drawn(found: Calibrated) -> list[str]:
+    """What to say of a batch that tells nothing of a weight."""
+    notes = []
+    for reason in (STILL, NON_FINITE):
+        names = [name for name, why in found.left.items() if why == reason]
+        if names:
+            few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            notes.append(f"calibrate: left as drawn, {len(names)} weights ({few}): {reason}")
+    return notes
 
 
 def _forecast(advised: Advised, parts: Sequence[Part]) -> tuple[tuple[DepthPoint, ...], tuple[str, ...]]:

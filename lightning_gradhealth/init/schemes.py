@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_gradhealth.init.checks import one_of, positive
 from lightning_gradhealth.init.fans import MODES, Fans, shape_fans
 from lightning_gradhealth.init.gains import Nonlinearity, gain as gain_of
 from lightning_gradhealth.sharding import is_flat, is_sharded
+from lightning_gradhealth.validation import check_choice, check_number, check_type, wrong
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,8 +96,9 @@ def variance_scaling_(
 
     Paper: Glorot and Bengio 2010; He et al. 2015 (arXiv:1502.01852); LeCun et al. 1998, Efficient BackProp.
     """
-    one_of("distribution", distribution, DISTRIBUTIONS)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
     check_fillable(tensor)
+    check_generator(generator)
     fan = choose_fan(tensor.shape, mode, fan_in, fan_out, in_axes, out_axes)
     std = scaled_std(gain_of(nonlinearity) if gain is None else gain, gamma, fan)
     dtype = drawing_dtype(tensor)
@@ -134,10 +135,10 @@ def choose_fan(
     out_axes: Sequence[int] | None = None,
 ) -> float:
     """The fan of `mode`; the shape is asked only for what the mode needs and the caller has not given."""
-    one_of("mode", mode, MODES)
+    check_choice("mode", mode, MODES)
     for argument, value in (("fan_in", fan_in), ("fan_out", fan_out)):
         if value is not None:
-            positive(argument, value, "leave it out to have it told by the shape")
+            check_number(argument, value, "leave it out to have it told by the shape")
     needed = {"fan_in": (fan_in,), "fan_out": (fan_out,)}.get(mode, (fan_in, fan_out))
     by_shape = shape_fans(shape, in_axes, out_axes) if None in needed else Fans(1.0, 1.0)
     return Fans(fan_in or by_shape.fan_in, fan_out or by_shape.fan_out).fan(mode)
@@ -145,8 +146,8 @@ def choose_fan(
 
 def scaled_std(gain: float, gamma: float, fan: float) -> float:
     """The standard deviation that the formula asks for; an empty tensor's fan of 0 asks for nothing."""
-    positive("gain", gain, "leave it out to have it follow from nonlinearity")
-    positive("gamma", gamma, "leave it out for the scheme's own scale")
+    gain = check_number("gain", gain, "leave it out to have it follow from nonlinearity")
+    gamma = check_number("gamma", gamma, "leave it out for the scheme's own scale")
     return gamma * gain / math.sqrt(fan) if fan else 0.0
 
 
@@ -170,10 +171,17 @@ def why_not_whole(tensor: Tensor) -> str | None:
     return None
 
 
+def check_generator(generator: Any) -> None:
+    """Raise a TypeError unless it is a generator of random numbers or None."""
+    if generator is not None:
+        remedy = "e.g. torch.Generator().manual_seed(0)"
+        check_type("generator", generator, torch.Generator, "a torch.Generator or None", remedy)
+
+
 def check_fillable(tensor: Tensor) -> None:
     """Raise unless random real numbers can be written into `tensor`."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}; pass module.weight")
+        raise TypeError(wrong("tensor", "a torch.Tensor", tensor, "pass module.weight"))
     if (reason := why_not_whole(tensor)) is not None:
         raise ValueError(f"tensor must hold its values, but it {reason}")
     if tensor.is_complex():

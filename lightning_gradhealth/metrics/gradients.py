@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhealth.layers import LayersSpec, Layout, check_layers
-from lightning_gradhealth.metrics.sums import Sums, VectorSums, one_of
+from lightning_gradhealth.metrics.sums import Sums, VectorSums
 from lightning_gradhealth.norms import norms, norms_or_zero
 from lightning_gradhealth.ratios import norm_ratios
 from lightning_gradhealth.sharding import Sharding, local
+from lightning_gradhealth.validation import check_choice
 
 Model = nn.Module | Tensor | Iterable[Tensor]
 
@@ -49,7 +50,7 @@ class GradientNorm(Sums):
 
     def __init__(self, reduction: Literal["mean", "max"] = "mean", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.reduction = one_of("reduction", reduction, ("mean", "max"), 'leave it out for "mean"')
+        self.reduction = check_choice("reduction", reduction, ("mean", "max"), 'leave it out for "mean"')
         self.add_state("total", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")  # of norms, of updates
         self.add_state("greatest", torch.tensor(-torch.inf, dtype=torch.float64), dist_reduce_fx="max")
 
@@ -120,7 +121,7 @@ class GradientNormRatio(VectorSums):
     ) -> None:
         super().__init__("squares_and_updates", **kwargs)
         self.layers = check_layers(layers)
-        self.reduction = one_of("reduction", reduction, (None, "max", "min"), "leave it out for all ratios")
+        self.reduction = check_choice("reduction", reduction, (None, "max", "min"), "leave it out for all ratios")
         self.layer_names: tuple[str, ...] = ()
         self._decided = False
 
@@ -223,10 +224,10 @@ def _parameters(model: Model) -> list[Tensor]:
         found = list(model)
     else:
         found = [model]
-    wrong = next((item for item in found if not isinstance(item, Tensor)), None)
-    if wrong is not None:
+    strangers = [item for item in found if not isinstance(item, Tensor)]
+    if strangers:
         raise TypeError(
-            f"model must be a module or parameters, got {type(wrong).__name__};"
+            f"model must be a module or parameters, got {type(strangers[0]).__name__};"
             " give the model, or model.parameters() (not named_parameters, nor an optimizer's param_groups)"
         )
     _check_any("model", found)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradhealth.metrics.sums import Sums, VectorSums, one_of
+from lightning_gradhealth.metrics.sums import Sums, VectorSums
 from lightning_gradhealth.norms import norms
 from lightning_gradhealth.signals.kinds import FLAT, KINDS
 from lightning_gradhealth.signals.units import unit_sums
+from lightning_gradhealth.validation import check_choice, check_int, check_number
 
 _RECTIFIERS = tuple(name for name, kind in KINDS.items() if kind.is_rectifier)
 _SATURATING = tuple(name for name, kind in KINDS.items() if not kind.is_rectifier)
@@ -25,9 +26,8 @@ class _UnitFraction(VectorSums):
     plot_upper_bound = 1.0
 
     def __init__(self, activation: str, axis: int, known: tuple[str, ...], **kwargs: Any) -> None:
-        one_of("activation", activation, known, _REMEDY)
-        if isinstance(axis, bool) or not isinstance(axis, int):
-            raise TypeError(f"axis must be an int, got {axis!r}; 1 for (batch, channels, ...), -1 for features")
+        check_choice("activation", activation, known, _REMEDY)
+        axis = check_int("axis", axis, None, "1 for (batch, channels, ...), -1 for features")
         super().__init__(f"{activation}_on_axis_{axis}", **kwargs)
         self.activation = activation
         self.axis = axis
@@ -124,7 +124,7 @@ class SaturatedUnitFraction(_UnitFraction):
 
     Raises:
         ValueError: `activation` is none of these, or `threshold` is not between 0 and 1.
-        TypeError: `axis` is no int.
+        TypeError: `axis` is no int, or `threshold` no number.
 
     Example:
         >>> metric = SaturatedUnitFraction("tanh")
@@ -135,9 +135,7 @@ class SaturatedUnitFraction(_UnitFraction):
 
     def __init__(self, activation: str = "tanh", axis: int = 1, threshold: float = FLAT, **kwargs: Any) -> None:
         super().__init__(activation, axis, _SATURATING, **kwargs)
-        if not 0.0 < threshold < 1.0:
-            raise ValueError(f"threshold must be between 0 and 1, got {threshold}; leave it out for {FLAT}")
-        self.threshold = threshold
+        self.threshold = check_number("threshold", threshold, f"leave it out for {FLAT}", below=1.0)
 
     def _is_bad(self, sums: Tensor, samples: Tensor) -> Tensor:
         return sums < self.threshold * samples

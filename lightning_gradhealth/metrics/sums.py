@@ -121,26 +121,3 @@ def _gather_vectors(state: Tensor, group: Any = None) -> list[Tensor]:
             " give it the same layer on every rank"
         )
     return [part if part.numel() else part.new_zeros(max(lengths, default=0)) for part in parts]
-
-
-def one_of(name: str, value: Any, known: Sequence[Any], remedy: str) -> Any:
-    """Return `value` if it is one of those that are known.
-
-    Args:
-        name: Of the argument.
-        value: Given for it.
-        known: What can be given.
-        remedy: How the message ends.
-
-    Raises:
-        ValueError: It is none of them.
-
-    Example:
-        >>> one_of("reduction", "median", ("mean", "max"), "leave it out for the mean")
-        Traceback (most recent call last):
-        ...
-        ValueError: reduction must be one of 'mean', 'max', got 'median'; leave it out for the mean
-    """
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}; {remedy}")
-    return value

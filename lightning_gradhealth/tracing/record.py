@@ -99,7 +99,9 @@ def refs(tree: Any) -> list[int]:
     ]
 
 
-Observer = Callable[[Trace, list[Tensor]], None]
+_PRODUCTS = ("mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm", "convolution")
+
+Observer = Callable[["Trace", list[Tensor], list[Tensor]], None]
 
 
 class TraceError(ValueError):
@@ -163,13 +165,13 @@ def follow(model: nn.Module, example_inputs: Any, observe: Observer) -> None:
     Args:
         model: The model; what running it changes stays changed, see `isolation.undisturbed`.
         example_inputs: As for `trace`.
-        observe: Called after every operation with the recording so far and the tensors that the operation gave,
-            which it may change in place.
+        observe: Called after every operation with the recording so far, the tensors that the operation gave, which
+            it may change in place, and those that it read, in the order of the event's `reads`.
 
     Example:
         >>> names = []
         >>> with torch.no_grad():
-        ...     follow(nn.ReLU(), torch.ones(2), lambda trace, outputs: names.append(trace.events[-1].name))
+        ...     follow(nn.ReLU(), torch.ones(2), lambda trace, outputs, given: names.append(trace.events[-1].name))
         >>> names
         ['relu']
     """
@@ -321,6 +323,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._unit is not None:
             return func(*args, **kwargs)
         given, named = self._referred(args), self._referred(kwargs)
+        self._check_kinds(func, given)
         self._save(func, args, kwargs)
         output = func(*args, **kwargs)
         # a value that is written keeps its number; what is new gets one, and shares memory with what it is a view of
@@ -328,8 +331,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outputs = tuple(self.value(leaf, viewed) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
         self.trace.events.append(Event(func, given, named, outputs, writes, self._path()))
         if self._observe is not None:
-            self._observe(self.trace, [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+            made, read = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in (output, (args, kwargs)))
+            self._observe(self.trace, made, read)
         return output
+
+    def _check_kinds(self, func: Any, given: Any) -> None:
+        """Raise where integers meet floating numbers in a product: without values torch lets them."""
+        if self.trace.source != "real" and func.overloadpacket.__name__ in _PRODUCTS:
+            kinds = {self.trace.floating[value] for value in refs(given)}
+            if len(kinds) > 1:
+                raise TypeError(f"{func.overloadpacket.__name__} of integers and floating numbers")
 
     def _referred(self, tree: Any) -> Any:
         return tree_map_only(Tensor, lambda tensor: Ref(self._met(tensor)), tree)

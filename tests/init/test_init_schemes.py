@@ -165,32 +165,32 @@ def test_orthogonal_matrices_are_uniform():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gamma": -1}, "gamma must be > 0 and finite, got -1; leave it out"),
-        ({"gamma": 0}, "gamma must be > 0 and finite, got 0"),
-        ({"gamma": math.nan}, "gamma must be > 0 and finite, got nan"),
-        ({"gamma": math.inf}, "gamma must be > 0 and finite, got inf"),
-        ({"gamma": "big"}, "gamma must be > 0 and finite, got 'big'"),
-        ({"gain": -2.0}, "gain must be > 0 and finite, got -2.0"),
-        ({"fan_in": 0}, "fan_in must be > 0 and finite, got 0; leave it out"),
+        ({"gamma": -1}, "gamma must be a finite number > 0, got -1; leave it out"),
+        ({"gamma": 0}, "gamma must be a finite number > 0, got 0"),
+        ({"gamma": math.nan}, "gamma must be a finite number > 0, got nan"),
+        ({"gamma": math.inf}, "gamma must be a finite number > 0, got inf"),
+        ({"gamma": "big"}, "gamma must be a finite number > 0, got 'big'"),
+        ({"gain": -2.0}, "gain must be a finite number > 0, got -2.0"),
+        ({"fan_in": 0}, "fan_in must be a finite number > 0, got 0; leave it out"),
         ({"mode": "fan_inn"}, "mode must be one of .*, got 'fan_inn'; did you mean 'fan_in'"),
-        ({"mode": None}, "mode must be one of fan_avg, fan_geo, fan_in, fan_out, got None"),
+        ({"mode": None}, "mode must be one of .*, got None"),
         (
             {"distribution": "gauss"},
-            "distribution must be one of normal, truncated_normal, uniform, got 'gauss'",
+            "distribution must be one of .*, got 'gauss'",
         ),
         ({"nonlinearity": "softmax"}, "nonlinearity must be one of .*, got 'softmax'"),
         ({"in_axes": [0]}, "in_axes and out_axes must be given together"),
     ],
 )
 def test_errors_of_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         gh.variance_scaling_(torch.empty(4, 4), **options)
 
 
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.empty(4), r"2 axes or more to tell its fans, got \(4,\); give fan_in and fan_out"),
+        (torch.empty(4), r"2 axes or more to tell its fans, got the shape \(4,\); give fan_in and fan_out"),
         (torch.empty(4, 4, device="meta"), r"is on the meta device; materialise it with model.to_empty"),
         (nn.LazyLinear(3).weight, r"is not initialised yet \(a lazy module\); run one forward pass first"),
         (torch.empty(4, 4, dtype=torch.int32), "tensor must be floating, got torch.int32; initialise before"),
@@ -203,7 +203,7 @@ def test_errors_of_tensors(tensor, message):
 
 
 def test_more_errors():
-    with pytest.raises(TypeError, match=r"tensor must be a torch\.Tensor, got Linear; pass module\.weight"):
+    with pytest.raises(TypeError, match=r"tensor must be a torch\.Tensor, got Linear\(.*\); pass module\.weight"):
         gh.he_normal_(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"tensor must have 2 axes, got the shape \(2, 2, 2\)"):
         orthogonal_(torch.empty(2, 2, 2))
@@ -240,8 +240,8 @@ def test_delta_orthogonal_takes_the_gain_of_the_activation_and_is_repeatable():
         ((4, 4), {}, r"tensor must be a convolution's weight .*\(4, 4\) has no kernel; use scheme orthogonal"),
         ((4, 5, 3), {}, r"\(4, 5, 3\) has fewer outputs than inputs; use scheme orthogonal"),
         ((5, 4, 3, 2), {}, r"\(5, 4, 3, 2\) has a kernel without a centre; use odd kernel sizes"),
-        ((5, 4, 3), {"gain": 0}, "gain must be > 0 and finite, got 0"),
-        ((5, 4, 3), {"gamma": -1}, "gamma must be > 0 and finite, got -1"),
+        ((5, 4, 3), {"gain": 0}, "gain must be a finite number > 0, got 0"),
+        ((5, 4, 3), {"gamma": -1}, "gamma must be a finite number > 0, got -1"),
     ],
 )
 def test_errors_of_delta_orthogonal(shape, options, message):

@@ -260,7 +260,8 @@ def test_inputs_and_outputs_of_many_shapes(inputs, forward, give):
 def test_a_function_sees_every_operation_and_may_change_its_result():
     seen = []
 
-    def double(recorded, outputs):
+    def double(recorded, outputs, given):
+        assert len(given) == len(recorded.events[-1].reads)
         seen.append(recorded.events[-1].name)
         if seen[-1] == "addmm":
             outputs[0].mul_(2)
