@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_gradhealth.init.advice import Advice, Advised
+from lightning_gradhealth.init.batches import calls_in, parts_of
 from lightning_gradhealth.init.composed import Composition, Roles, compose
 from lightning_gradhealth.init.critical import critical_gains
 from lightning_gradhealth.init.deliberate import biases_on_purpose, is_zero, second_of_pair, zeros_on_purpose
@@ -82,7 +84,35 @@ def advise(
             note = f"no sample was given: forward was followed on a guess, {shape}; give example_inputs= to be sure"
             return replace(advised, source=f"trace (guessed {shape})", notes=(note, *advised.notes))
         return by_module_order(model, fixed)
-    return _Adviser(model, Graph(_trace(model, sample)), residual, fixed).advised()
+    try:
+        return _Adviser(model, Graph(_trace(model, sample)), residual, fixed).advised()
+    except TraceError:
+        advised_by_batch = _of_batch(model, sample, residual, fixed)
+        if advised_by_batch is None:
+            raise
+        return advised_by_batch
+
+
+def _of_batch(model: nn.Module, batch: Any, residual: str, fixed: float | None) -> Advised | None:
+    """What the calls of a training step tell, or a part of the batch; None where nothing goes through the model."""
+    found: list[tuple[nn.Module, Advised]] = []
+    for part, sample in calls_in(model, batch):
+        with suppress(TraceError):
+            found.append((part, _Adviser(part, Graph(_trace(part, sample)), residual, fixed).advised()))
+    if found:
+        names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
+        calls = ", ".join(names.get(id(part), type(part).__name__) for part, _ in found)
+        note = f"forward does not take the batch: what training_step calls was followed ({calls})"
+        advice = {key: one for _, advised in reversed(found) for key, one in advised.advice.items()}
+        first = found[0][1]
+        notes = tuple(dict.fromkeys((note, *(line for _, advised in found for line in advised.notes))))
+        return replace(first, advice=advice, notes=notes, forecast=first.forecast if len(found) == 1 else None)
+    for sample in parts_of(model, batch):
+        with suppress(TraceError):
+            advised = _Adviser(model, Graph(_trace(model, sample)), residual, fixed).advised()
+            what = ", ".join(sample) if isinstance(sample, dict) else "its first entry"
+            return replace(advised, notes=(f"forward was given a part of the batch: {what}", *advised.notes))
+    return None
 
 
 def _trace(model: nn.Module, sample: Any) -> Trace:

@@ -76,7 +76,9 @@ def init_weights(
 
     Args:
         model: The model; its lazy modules initialised, its parameters on a real device (see `plan_init` for meta).
-        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments. Or
+            a batch of the DataLoader: where `forward` does not take it, the calls that a LightningModule's
+            `training_step` makes are followed, or else `forward` on the part of the batch that it takes.
             None: a LightningModule's `example_input_array`, where it has one.
         scheme: "auto" (the gain of what follows, 1 for output layers), or one formula for all: "he" ("kaiming"),
             "xavier" ("glorot"), "lecun", "orthogonal" or "delta_orthogonal" (convolutions; orthogonal elsewhere).

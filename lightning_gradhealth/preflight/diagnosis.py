@@ -18,7 +18,6 @@ from lightning_gradhealth.preflight.ends import (
     from_loss,
     from_outputs,
     from_training_step,
-    has_training_step,
     opened,
     pair_of,
 )
@@ -26,6 +25,7 @@ from lightning_gradhealth.preflight.passes import run_once
 from lightning_gradhealth.records import FlowReport
 from lightning_gradhealth.rules import Thresholds
 from lightning_gradhealth.sharding import is_sharded
+from lightning_gradhealth.steps import has_training_step
 
 COTANGENTS = 3  # random directions, where there is no loss: the median of three leaves one outlier out
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhealth.layers import unwrap
+from lightning_gradhealth.steps import step_arguments
 from lightning_gradhealth.tracing.record import as_arguments
 from lightning_gradhealth.trees import tensors
 
@@ -34,12 +34,6 @@ def opened(model: nn.Module) -> nn.Module:
     model = unwrap(model)
     inner = getattr(model, "_orig_mod", None)
     return opened(inner) if isinstance(inner, nn.Module) else model
-
-
-def has_training_step(model: nn.Module) -> bool:
-    """Whether it is a LightningModule with a step of its own; told by its methods, as Lightning is not imported."""
-    step = getattr(type(model), "training_step", None)
-    return callable(step) and not (step.__module__ or "").startswith(("lightning.", "pytorch_lightning."))
 
 
 def copied(batch: Any) -> Any:
@@ -122,7 +116,7 @@ def from_training_step(model: nn.Module, batch: Any) -> Ends:
             " gh.diagnose(model.generator, inputs)"
         )
     step: Callable[..., Any] = model.training_step  # type: ignore[assignment]
-    args, kwargs = _step_arguments(step, batch)
+    args, kwargs = step_arguments(step, batch)
     try:
         result = step(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -138,16 +132,6 @@ def from_training_step(model: nn.Module, batch: Any) -> Ends:
             _refused("batch", f"{type(model).__name__}.training_step", model, batch, error, hint)
         ) from error
     return of_step(result, type(model).__name__)
-
-
-def _step_arguments(step: Callable[..., Any], batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a training_step: batch_idx and dataloader_idx only where it takes them."""
-    parameters = inspect.signature(step).parameters.values()
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    counted = len(places) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    third = len(places) > 2 and places[2].name == "dataloader_idx"
-    named = {p.name: 0 for p in parameters if p.kind is p.KEYWORD_ONLY and p.name in ("batch_idx", "dataloader_idx")}
-    return (batch, *([0] if counted else []), *([0] if third else [])), named
 
 
 def of_step(result: Any, name: str) -> Ends:
