@@ -12,7 +12,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from lightning_gradhealth import Condition, Finding, LayerStats, Rule, Severity, StepRecord, StepStats, Thresholds
+from lightning_gradhealth import (
+    Condition,
+    Finding,
+    LayerStats,
+    OptimizerStats,
+    Rule,
+    Severity,
+    StepRecord,
+    StepStats,
+    Thresholds,
+)
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.rules import Verdict, default_rules
 from lightning_gradhealth.rules.clipping import AdaptiveClipping
@@ -606,3 +616,183 @@ def test_a_gate_from_a_checkpoint_is_closed_where_the_run_has_none() -> None:
     assert rule.judge(StepRecord(step=5, window=(gated(5, 9.0, armed=True, factor=0.1),)))
     for step in range(6, 9):
         assert rule.judge(StepRecord(step=step, window=(StepStats(step=step, total_norm=1.0),))) is None
+
+
+# --- remedies by what was measured -------------------------------------------------------------------------
+
+
+def broken(norms: Sequence[float], losses: Sequence[float] | None = None, last: float = math.nan) -> Finding:
+    """What is said of NaN gradients, or of a NaN loss, after steps with these norms."""
+    losses = losses or [1.0] * len(norms)
+    return judged([steps([*norms, last], [*losses, math.nan])])[Condition.NON_FINITE]
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        [1.0] * 30,
+        [2.0, 1.0, 3.0, 0.5] * 10,
+        [10.0 / (1 + i) for i in range(40)],  # it learns
+        [1.0, 1.2],
+        [*([1.0] * 8), 60.0, *([1.0] * 8), 50.0],  # heavy-tailed: such a norm has been there before
+        [3.0, 9.0, 2.0, 30.0, 5.0, 1.0, 25.0, 4.0],
+    ],
+    ids=["level", "noisy", "falling", "early", "spiky", "wild"],
+)
+def test_nan_out_of_the_blue_is_skipped(norms: list[float]) -> None:
+    finding = broken(norms)
+    assert finding.remedy.startswith('GradHealth(on_non_finite="skip")')
+    assert finding.code == 'health_arguments["on_non_finite"] = "skip"'
+    assert "a smaller" not in finding.remedy
+    assert "gradient_clip_val" not in finding.remedy
+    assert finding.evidence["norm_before"] == norms[-1]
+
+
+@pytest.mark.parametrize(
+    ("norms", "losses"),
+    [
+        ([1.0, 1e3, 1e6, 1e12], None),
+        ([*([1.0] * 20), 1e5], None),
+        ([1.5**i for i in range(40)], None),
+        ([1.0] * 30, [*([1.0] * 27), 1e2, 1e4, 1e8]),
+        ([1.0, 1e9], None),
+    ],
+    ids=["at once", "a leap", "slowly", "by the loss", "two steps"],
+)
+def test_nan_after_a_growth_gets_a_rate_and_clipping(norms: list[float], losses: list[float] | None) -> None:
+    finding = broken(norms, losses)
+    assert "a smaller learning rate" in finding.remedy
+    assert 'group["lr"] *= ' in finding.code
+    assert 'trainer_arguments["gradient_clip_val"]' in finding.code
+    assert "skip" not in finding.remedy
+
+
+def test_nan_in_the_first_step_takes_an_edit() -> None:
+    finding = judged([steps([math.nan] * 3, [math.nan] * 3)])[Condition.NON_FINITE]
+    assert (finding.first_step, finding.code) == (0, "")
+    assert "0/0" in finding.remedy
+
+
+def test_a_nan_loss_with_finite_gradients_is_said_to_be_that() -> None:
+    record = steps([1.0] * 40 + [0.0] + [1.0] * 9, [1.0] * 40 + [math.nan] + [1.0] * 9)
+    finding = judged([record])[Condition.NON_FINITE]
+    assert (finding.first_step, finding.severity) == (40, Severity.WARNING)
+    assert "while the gradients are finite" in finding.summary
+    assert "max(count, 1)" in finding.remedy
+    assert not finding.code
+    then = StepRecord(step=50, window=(StepStats(50, total_norm=math.nan, loss=math.nan, non_finite=True),))
+    graver = judged([record, then])[Condition.NON_FINITE]
+    assert (graver.severity, graver.summary.partition(" in ")[0]) == (Severity.CRITICAL, "gradients are NaN or Inf")
+
+
+@pytest.mark.parametrize(("loss", "said"), [(math.nan, "the loss itself is nan"), (0.5, "bf16")])
+def test_a_scaler_that_skips_every_step_is_said_to_do_so(loss: float, said: str) -> None:
+    bad = not math.isfinite(loss)
+    window = tuple(
+        StepStats(i, total_norm=math.nan if bad else None, loss=loss, non_finite=bad, overflow=not bad, scaled=True)
+        for i in range(60)
+    )
+    finding = judged([StepRecord(step=59, window=window)])[Condition.NON_FINITE]
+    assert (finding.first_step, finding.severity) == (0, Severity.CRITICAL)
+    assert "the loss scaler has skipped 60 steps in a row" in finding.summary
+    assert f"at a loss of {loss:.3g}" in finding.summary
+    assert said in finding.remedy
+
+
+def shrinking(decay: float | None, momentum: float = 0.0, name: str = "SGD") -> Finding:
+    records = [
+        StepRecord(
+            step=i * 20,
+            probed=True,
+            layers=(
+                LayerStats("w", weight_norm=0.2**i, grad_norm=1.0, optimizer=0, weight_decay=decay, learning_rate=0.1),
+            ),
+            optimizers=(OptimizerStats(0, name, momentum),),
+            window=(StepStats(i * 20, total_norm=1.0),),
+        )
+        for i in range(6)
+    ]
+    return judged(records)[Condition.COLLAPSING_WEIGHTS]
+
+
+def test_weight_decay_is_named_where_it_is_to_blame() -> None:
+    finding = shrinking(0.5)
+    assert "0.05 of every weight" in finding.remedy
+    assert finding.code == 'for group in optimizer.param_groups: group["weight_decay"] = 0.0005'
+    assert "0.5 of every weight" in shrinking(0.5, momentum=0.9).remedy
+    without = shrinking(0.0)
+    assert "it is not weight_decay, which is 0" in without.remedy
+    assert not without.code
+    assert "weight_decay" in shrinking(None).remedy
+
+
+@pytest.mark.parametrize(
+    ("losses", "said", "code"),
+    [
+        ([-(1.1**i) for i in range(200)], "check its sign", ""),
+        ([1.02**i for i in range(200)], "zero_grad", 'group["lr"] *='),
+        ([1.0] * 200, "weight decay", 'group["weight_decay"] = 0.01'),
+    ],
+    ids=["falls for ever", "rises", "level"],
+)
+def test_growing_weights_are_explained_by_the_loss(losses: list[float], said: str, code: str) -> None:
+    records = []
+    for i in range(9):
+        window = tuple(StepStats(s, total_norm=1.0, loss=losses[s]) for s in range(i * 20, i * 20 + 20))
+        layer = LayerStats("w", weight_norm=3.0**i, grad_norm=1.0, optimizer=0)
+        records.append(StepRecord(step=i * 20 + 19, probed=True, layers=(layer,), window=window))
+    finding = judged(records)[Condition.GROWING_WEIGHTS]
+    assert said in finding.remedy
+    assert code in finding.code
+    assert ("check its sign" in finding.remedy) == (said == "check its sign")
+
+
+def test_a_gradient_of_exactly_zero_is_no_stall() -> None:
+    def records(grad: float) -> list[StepRecord]:
+        found = []
+        for record in probes([[0.0, 1e-3]] * 8):
+            layers = (record.layers[0].changed(grad_norm=grad), record.layers[1])
+            found.append(StepRecord(**{**vars(record), "layers": layers}))
+        return found
+
+    finding = judged(records(0.0))[Condition.STALLED_LAYERS]
+    assert (finding.severity, finding.layers) == (Severity.INFO, ("l0",))
+    assert "exactly 0" in finding.summary
+    assert judged(records(1e-12))[Condition.STALLED_LAYERS].severity is Severity.WARNING
+
+
+def test_no_rate_is_offered_where_every_gradient_is_zero() -> None:
+    still = [
+        StepRecord(**{**vars(r), "layers": tuple(la.changed(grad_norm=0.0) for la in r.layers)})
+        for r in probes([[0.0, 0.0]] * 8)
+    ]
+    finding = judged(still)[Condition.STALLED_LAYERS]
+    assert "every gradient is exactly 0" in finding.summary
+    assert not finding.code
+    slow = judged(probes([[1e-9, 1e-9]] * 8))[Condition.STALLED_LAYERS]
+    assert slow.code == 'for group in optimizer.param_groups: group["lr"] *= 1e+06'
+
+
+def trained_into(rms: Sequence[float], update: float, start: Sequence[float], rate: float = 0.1) -> Finding:
+    """What is said of gradients that were sound at the first probe, and are not any more."""
+    records = [chain(start if i == 0 else rms, i) for i in range(5)]
+    records = [
+        StepRecord(
+            **{
+                **vars(record),
+                "layers": tuple(la.changed(update_to_weight=update, learning_rate=rate) for la in record.layers),
+            }
+        )
+        for record in records
+    ]
+    return judged(records)[Condition.VANISHING_GRADIENTS]
+
+
+def test_depth_that_came_with_training_gets_a_rate() -> None:
+    finding = trained_into(geometric(0.3, 20), 0.5, geometric(1.0, 20))
+    assert "came with training" in finding.remedy
+    assert finding.code == 'for group in optimizer.param_groups: group["lr"] *= 0.002'
+    assert "init_weights" not in finding.remedy
+    assert finding.evidence["at_start"] == pytest.approx(1.0)
+    from_the_start = trained_into(geometric(0.3, 20), 1e-3, geometric(0.3, 20))
+    assert from_the_start.code == "gh.init_weights(model, batch)"
