@@ -48,8 +48,8 @@ class GradHealth(Callback):
             which skips such steps by itself, nothing is done, but "raise" and "stop" act after 25 in a row.
         stop_on: Condition or conditions that end the fit when found with severity warning or above; not before the
             Trainer's `min_epochs` and `min_steps` are met.
-        probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at the first
-            two; None: the Trainer's `log_every_n_steps`.
+        probe_every_n_steps: Weight norms and updates are measured at every n-th optimizer step, and at
+            steps 0, 1, 2, 4, 8, 16 and 32; None: the Trainer's `log_every_n_steps`.
         probe_compiled: Run compiled modules eagerly at probed steps (`torch.compiler.set_stance("force_eager")`), so
             that signals inside them are measured, too: that changes rounding there, and the dropout masks drawn. False:
             they are left alone, and the report says so.

@@ -65,6 +65,14 @@ class Judgement:
         self.unwatched.setdefault(what, f"since step {max(step, 0)} ({why})")
         return not known
 
+    def regain(self, what: str) -> None:
+        """Note that something is watched again, or is watched still.
+
+        Args:
+            what: What it was called in `lose`.
+        """
+        self.unwatched.pop(what, None)
+
     def add(self, record: StepRecord) -> list[Finding]:
         """Judge one record and return the findings that are new or graver than before."""
         self.history.append(record)

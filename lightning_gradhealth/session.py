@@ -29,11 +29,11 @@ from lightning_gradhealth.records import Condition, Finding, HealthReport, Sever
 from lightning_gradhealth.response import OnNonFinite, Response
 from lightning_gradhealth.rules import Rule, Thresholds, default_rules
 from lightning_gradhealth.saving import Saver
-from lightning_gradhealth.signals import Reading, SignalProbe, with_signals
+from lightning_gradhealth.signals import SIGNALS, TEMPORAL, Reading, SignalProbe, with_signals
 from lightning_gradhealth.validation import check_flag, check_keys, check_type, wrong
 
 DEFAULT_CADENCE = 50
-ALWAYS_PROBED = 2
+ALWAYS_PROBED = frozenset({0, 1, 2, 4, 8, 16, 32})  # what goes wrong at the start does so within a few steps
 _SAVED = ("monitor", "judgement", "response", "signals", "readings", "losses")
 NO_LOSS = "loss: unavailable"
 EARLY = 64  # the first steps whose signals are measured until the units of all activations have been judged once
@@ -59,8 +59,8 @@ class HealthSession:
             not see it; "raise" an error before it; or skip it and set `should_stop` ("stop"). The last three name
             the module where it began. Under a loss scaler, which skips such steps by itself, nothing is done,
             but "raise" and "stop" act after 25 in a row.
-        probe_every_n_steps: Weights and updates are measured at every n-th step of an optimizer, and at its
-            first two; None: 50.
+        probe_every_n_steps: Weights, updates and signals are measured at every n-th step of an optimizer, and at its
+            steps 0, 1, 2, 4, 8, 16 and 32; None: 50.
         layers: How parameters are grouped: "module", "parameter", a depth, or regexes.
         rules: Rules of your own, in addition to the default ones.
         ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
@@ -125,6 +125,8 @@ class HealthSession:
         self.signals.before_backward = self.monitor.note_carried
         self._watch_calls = watch_calls
         self._readings: list[Reading] = []
+        self._is_second_try = False
+        self._missed: dict[str, list[Any]] = {}  # what -> at how many probed steps, the first of them, why
         self._set_due()
         self.judgement = Judgement([*default_rules(thresholds), *copy.deepcopy(list(rules))], muted)
         self._announce = announce or _warn_on_rank_zero
@@ -221,12 +223,14 @@ class HealthSession:
 
     def _is_probed(self, count: int) -> bool:
         """Whether the step of an optimizer after `count` others is probed."""
-        return count < ALWAYS_PROBED or (count + 1) % self.probe_every_n_steps == 0
+        return count in ALWAYS_PROBED or (count + 1) % self.probe_every_n_steps == 0
 
     def _set_due(self) -> None:
         """Find out whether the step that comes may be one to probe; calls of the model will open the probe then."""
         early = self.monitor.expects(lambda count: count < EARLY) and self.signals.wants_samples
-        self._due = early or self.monitor.expects(self._is_probed)
+        self._due = early or self._is_second_try or self.monitor.expects(self._is_probed)
+        if self.signals.has_given_up and not self.signals.across_ranks:
+            self._due = False
         if self._watch_calls:
             self.signals.await_calls(self._due)
 
@@ -259,11 +263,25 @@ class HealthSession:
             flows = self.signals.temporal_flows()
             reading = self.signals.close(step=step, optimizer=optimizer, scale=scale, flows=flows)
             self._readings += [] if reading is None else [reading]
-            if self.signals.failure:
-                self.judgement.lose("signals inside the network", self.signals.failure, step)
+            self._account(step)
+            # once more, if nothing came back; ranks go by the count of the steps alone
+            self._is_second_try = self.signals.is_owed and not self._is_second_try and not self.signals.across_ranks
         self._set_due()
         if self._watch_calls or not self._due:
             self.signals.pause()
+
+    def _account(self, step: int) -> None:
+        """Keep in the judgement what the probe cannot measure, for as long as it cannot; say so the first time."""
+        for what in (SIGNALS, TEMPORAL):
+            why = self.signals.failures.get(what)
+            if why is None:
+                self.judgement.regain(what)
+                continue
+            if what not in self._missed:
+                say(f"gradhealth: {what}: not measured at step {step} ({why}); training goes on")
+            missed = self._missed.setdefault(what, [0, step, why])
+            missed[0] += 1
+            self.judgement.lose(what, why, step)
 
     def accompany(self, optimizer: Optimizer) -> None:
         """Take part in what the ranks do together at a step, and keep nothing of it: for one that has stepped aside.
@@ -489,8 +507,18 @@ class HealthSession:
         return notes
 
     def _notes_on_signals(self, judgement: Judgement) -> list[str]:
-        if self.signals.failure:
-            return []  # the report says what is not watched
+        notes = [
+            f"{what}: not measured at {count} of the probed steps, first at step {first} ({why})"
+            for what, (count, first, why) in self._missed.items()
+            if what not in judgement.unwatched
+        ]
+        if self.signals.elsewhere:
+            notes.append(f"signals: {self.signals.elsewhere}")
+        return [*notes, *self._notes_on_modules(judgement)]
+
+    def _notes_on_modules(self, judgement: Judgement) -> list[str]:
+        if SIGNALS in judgement.unwatched:
+            return []  # the report says why
         if self.signals.hidden:
             hidden = ", ".join(self.signals.hidden[:3]) + (", …" if len(self.signals.hidden) > 3 else "")
             return [f"signals: not measured inside compiled or scripted modules ({hidden}); see probe_compiled"]
@@ -521,6 +549,8 @@ class HealthSession:
             "judgement": self.judgement.state_dict,
             "response": self.response.state_dict,
             "signals": self.signals.state_dict,
+            "second_try": lambda: self._is_second_try,
+            "missed": lambda: {what: list(missed) for what, missed in self._missed.items()},
             "readings": lambda: [reading.state_dict() for reading in self._readings],
             "losses": lambda: self._losses,
             "unlogged": lambda: None if self._unlogged is None else self._unlogged.to_dict(),
@@ -555,6 +585,8 @@ class HealthSession:
         self.response.load_state_dict(state["response"])
         self.signals.load_state_dict(state["signals"])
         self._readings = [Reading.from_state(reading) for reading in state["readings"]]
+        self._is_second_try = state.get("second_try", False)
+        self._missed = {what: list(missed) for what, missed in state.get("missed", {}).items()}
         self._set_due()
         self._resumed_at = self.judgement.step
         self._losses = state["losses"]

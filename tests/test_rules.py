@@ -117,7 +117,7 @@ def weights(norms: Sequence[float], every: int = 20) -> list[StepRecord]:
     ],
 )
 def test_depth(gain: float, depth: int, condition: Condition | None) -> None:
-    found = judged(chain(geometric(gain, depth), step) for step in range(3))
+    found = judged(chain(geometric(gain, depth), step) for step in range(0, 30, 10))
     assert set(found) == ({condition} if condition else set())
     if condition:
         finding = found[condition]
@@ -177,16 +177,16 @@ def test_nan_over_depth_is_no_verdict() -> None:
 def test_hysteresis_over_depth() -> None:
     rules = default_rules(THRESHOLDS)
     judgement = Judgement(rules, {})
-    for step in range(3):
-        judgement.add(chain(geometric(0.6, 20), step))
+    for probe in range(3):
+        judgement.add(chain(geometric(0.6, 20), 10 * probe))
     assert judgement.active == 1
-    judgement.add(chain(geometric(0.68, 20), 3))  # above the threshold, but not by ten times
-    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 3
-    for step in range(4, 4 + THRESHOLDS.release):
+    judgement.add(chain(geometric(0.68, 20), 30))  # above the threshold, but not by ten times
+    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 30
+    for probe in range(4, 4 + THRESHOLDS.release):
         assert judgement.active == 1
-        judgement.add(chain(geometric(0.95, 20), step))
+        judgement.add(chain(geometric(0.95, 20), 10 * probe))
     assert judgement.active == 0
-    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 3
+    assert judgement.findings[Condition.VANISHING_GRADIENTS].last_step == 30
 
 
 # --- over time ---

@@ -67,7 +67,7 @@ def test_escalation_is_said_again() -> None:
     lines: list[str] = []
     session = HealthSession(model, announce=lines.append, probe_every_n_steps=1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for shrink in (1.0, 1.0, 1.0, 0.3, 1.0, 1.0):
+    for shrink in (*[1.0] * 11, 0.3, 1.0, 1.0):
         with torch.no_grad():
             for layer in model[::2]:
                 layer.weight.mul_(shrink)

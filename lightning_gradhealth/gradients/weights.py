@@ -48,7 +48,9 @@ def _top_rows(gradient: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(matrix.detach(), dim=1, dtype=torch.float32)
+    rows = dense(matrix)  # real: a complex row of two numbers each
+    least = torch.float32 if rows.itemsize < 4 else None  # float64 stays what it is
+    norm: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=least)
     return norm
 
 

@@ -94,7 +94,8 @@ def _run(model: nn.Module, run: Callable[[], Ends], scale: float, seed: int, bac
             ends = run()
             starts = _directions(ends, scale, seed)
             parameters = list(model.parameters())
-            gradients = back(ends.tensors, starts, parameters)
+            with probe.of_any_pass():
+                gradients = back(ends.tensors, starts, parameters)
             factor = torch.tensor(scale, dtype=torch.float64)
             reading = probe.close(scale=None if scale == 1.0 else factor, flows=probe.temporal_flows())
             numbers = _numbers(ends, gradients, scale)
@@ -105,8 +106,8 @@ def _run(model: nn.Module, run: Callable[[], Ends], scale: float, seed: int, bac
 
 
 def _notes(probe: SignalProbe) -> Iterator[str]:
-    if probe.failure:
-        yield f"signals: not all measured ({probe.failure})"
+    for what, why in probe.failures.items():
+        yield f"{what}: not measured ({why})"
     if probe.hidden:
         yield f"signals: not measured inside scripted modules ({', '.join(probe.hidden)})"
 

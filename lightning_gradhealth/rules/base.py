@@ -32,8 +32,9 @@ class Thresholds:
             Measured: 1.00 against 0.00.
         depth_critical: The same, beyond hope: half of float32's 7 digits are gone.
         depth_layers: Fewer layers than this have no depth to judge.
-        depth_probes: Probes in a row for signals that vanish beyond hope, one more for others, which may heal at once;
-            step 0 alone proves nothing, as a head that starts at zero lets nothing through at first.
+        depth_probes: Probes in a row for signals that vanish beyond hope, one more for others, over half a
+            `growth_window` or more, as these may heal in the first steps; step 0 alone proves nothing, as a head that
+            starts at zero lets nothing through at first.
         explosion_probes: The same for exploding ones, or NaN at the second probe; beyond hope, one is enough.
         time_ratio: Total norm over the median of the last `time_window` finite ones: an explosion in time.
             Measured: healthy <= 4, spikes >= 3.9e3.
@@ -45,12 +46,13 @@ class Thresholds:
         growth_windows: Windows in a row, none slower than the one before, that make it exponential.
         collapsed: A weight norm is collapsing only below this share of its greatest.
         update_at_once: `|dw|/|w|` that is oversized at once: the step replaces the weights.
-        update_repeated: `|dw|/|w|` that is oversized on two probes after the first. Measured: a healthy first
-            step <= .05; around 1e-3 is usual.
+        update_repeated: `|dw|/|w|` that is oversized at all probes after the first over half a `growth_window`: small
+            weights grow into their size by a few large updates. Measured: a healthy first step <= .05; around 1e-3 is
+            usual.
         update_share: Share of the layers that must be oversized.
         stalled_update: `|dw|/|w|` below which a layer stands still (float32 rounds at 6e-8) while ...
         moving_update: ... another layer of the same optimizer is above this.
-        stalled_probes: Probes in a row for that.
+        stalled_probes: Probes in a row for that, over a `growth_window` or more.
         overflow_steps: Steps in a row that a loss scaler skips before it is no longer its everyday business;
             halving the scale 20 times brings any usual one below 1.
         grown: Factor by which the last gradient norms, or losses, before NaN or Inf stand out of those before for it
@@ -182,7 +184,8 @@ class Rule:
     """Base of all rules: looks at plain numbers, compares, and says what is wrong.
 
     Subclasses set `condition` and write `check`. A verdict becomes a finding after `patience` verdicts in a
-    row, for each layer by itself where `per_layer` is set, and stays active until `release` clear ones in a
+    row that lie `span` steps apart or more, the first from the last (the first probes of a run follow close on each
+    other), for each layer by itself where `per_layer` is set, and stays active until `release` clear ones in a
     row. Everything a rule remembers lives in `memory`, as primitives, lists and dicts, so that it survives a
     checkpoint.
 
@@ -201,6 +204,7 @@ class Rule:
 
     condition: str = ""
     patience: int = 1
+    span: int = 0
     per_layer: bool = False
     needs_support: bool = False  # on its own it is worth an info; a warning only beside another finding
     running: bool = False  # of its findings the latest account counts, not the first
@@ -243,7 +247,8 @@ class Rule:
         keys = layers if self.per_layer else ("",)
         streaks = {key: self._streaks.get(key, (since, 0)) for key in keys}
         self._streaks = {key: (first, count + 1) for key, (first, count) in streaks.items()}
-        due = [key for key in keys if self._streaks[key][1] >= self.patience]
+        lasting = {key for key in keys if record.step - self._streaks[key][0] >= self.span}
+        due = [key for key in keys if self._streaks[key][1] >= self.patience and key in lasting]
         if not due:
             return None
         self.active = True

@@ -125,7 +125,8 @@ class _Depth(Rule):
             # what is not beyond hope may heal in the first steps
             certain = worst is not None and worst.severity == Severity.CRITICAL
             probes = self.thresholds.depth_probes
-            self.patience = probes if certain or probes == 1 else probes + 1
+            at_once = certain or probes == 1
+            self.patience, self.span = (probes, 0) if at_once else (probes + 1, self.thresholds.growth_window // 2)
             return worst if answers else NOT_MEASURED
         if worst is None and self.memory.get("last") and record.non_finite_steps:
             worst = Verdict(**self.memory["last"])  # what came of it

@@ -52,7 +52,7 @@ class OversizedUpdates(Rule):
     condition = Condition.OVERSIZED_UPDATES
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
-        """Judge the updates of every optimizer; two probes in a row for those that are merely large."""
+        """Judge the updates of every optimizer; those that are merely large have to stay so for some steps."""
         follow_updates(self, record)
         young = zero_born(self, record)
         chains = [
@@ -70,7 +70,8 @@ class OversizedUpdates(Rule):
         large = [(chain, hit) for chain in chains if (hit := self._over(chain, limit, but=shrinking))]
         since = self.memory.get("large_since")
         self.memory["large_since"] = None if first_probe or not large else (record.step if since is None else since)
-        if not at_once and (not large or since is None):
+        brief = since is None or record.step - since < self.thresholds.growth_window / 2
+        if not at_once and (not large or brief):
             return None
         chain, hit = (at_once or large)[0]
         size = median(value for layer, value in chain if layer.name in hit)
@@ -123,6 +124,7 @@ class StalledLayers(Rule):
         first = self.memory.setdefault("first", record.step)
         is_early = record.step - first < self.thresholds.growth_window
         self.patience = sys.maxsize if is_early else self.thresholds.stalled_probes
+        self.span = 0 if self.patience == 1 else self.thresholds.growth_window
         follow_loss(self, record)
         if standstill := self._standstill(chains):
             return standstill

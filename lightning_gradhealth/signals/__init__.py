@@ -1,7 +1,7 @@
 """Signals inside the network: what probes see of activations, and the gradient through time."""
 
-from lightning_gradhealth.signals.activations import SignalProbe
+from lightning_gradhealth.signals.activations import SIGNALS, TEMPORAL, SignalProbe
 from lightning_gradhealth.signals.reading import Reading, Signals, with_signals
 from lightning_gradhealth.signals.recurrent import flow_norms, temporal_flow
 
-__all__ = ["Reading", "SignalProbe", "Signals", "flow_norms", "temporal_flow", "with_signals"]
+__all__ = ["SIGNALS", "TEMPORAL", "Reading", "SignalProbe", "Signals", "flow_norms", "temporal_flow", "with_signals"]

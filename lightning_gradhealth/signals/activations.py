@@ -6,7 +6,6 @@ what lies between (`paths`). All of it is summed up on the device; nothing outli
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,22 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_gradhealth import sharding
-from lightning_gradhealth.layers import clean_name, has_own_parameters, is_compiled, unwrap
-from lightning_gradhealth.naming import name_of
+from lightning_gradhealth.layers import is_compiled, unwrap
+from lightning_gradhealth.messages import reason_of
 from lightning_gradhealth.signals.ending import Ending
-from lightning_gradhealth.signals.hooks import (
-    Backward,
-    Hook,
-    callable_roots,
-    detached,
-    first_floating,
-    plain,
-    written_to,
-)
-from lightning_gradhealth.signals.kinds import kind_of_module, kind_of_node
-from lightning_gradhealth.signals.places import CALLS, NORMS, Step, Watched
+from lightning_gradhealth.signals.hooks import Hook, callable_roots, detached, first_floating, plain, written_to
+from lightning_gradhealth.signals.kinds import kind_of_node
+from lightning_gradhealth.signals.modules import watched_modules
+from lightning_gradhealth.signals.places import CALLS, Step, Watched
 from lightning_gradhealth.signals.ranks import in_order, nothing, united
-from lightning_gradhealth.signals.reading import INPUT, UNITS, Reading, Spec
+from lightning_gradhealth.signals.reading import INPUT, Reading, Spec
 from lightning_gradhealth.signals.recurrent import flow_norms, outer_flow
 from lightning_gradhealth.signals.sums import norm_of
 from lightning_gradhealth.signals.survey import Survey
@@ -43,14 +35,16 @@ LEAF_PASSES = 64  # ... but that of a single layer, as of a recurrent cell that 
 FLOW = 4  # cotangents and sequences of a sampled gradient through time
 FLOW_STEPS = 64
 SHORTEST = 8  # steps: fewer have no memory to lose
-_PARAMETRIZATION = re.compile(r"(^|\.)parametrizations(\.|$)")  # what it gives is a weight, not a signal
+ATTEMPTS = 3  # probes that fail in a row before no more are made: what fails once may be the doing of a batch
+SIGNALS, TEMPORAL = "signals inside the network", "the gradient through time"
 
 
 class SignalProbe:
     """Measures signals while it is open: between `open` and `close` lie the forward passes of one optimizer step.
 
-    Only passes in training mode with gradients count. Compiled and scripted modules, and what is inside them, are left
-    alone, unless `compiled` is set.
+    Only passes in training mode with gradients count, in the first thread that calls the model, and of the gradients
+    those that accumulate into `.grad`. Compiled and scripted modules, and what is inside them, are left alone, unless
+    `compiled` is set.
 
     Args:
         model: The model; DDP's wrapper is looked through.
@@ -62,8 +56,11 @@ class SignalProbe:
         wrapped: Modules through which a training step is called, as strategies do, before any forward pass: these calls
             are looked through.
         hidden: Compiled or scripted modules that are not looked into.
-        before_backward: Called at the beginning of each backward pass that is seen.
-        failure: Why a measure failed, once one has; nothing is measured from then on.
+        before_backward: Called at the beginning of each backward pass that is seen and accumulates into `.grad`.
+        failures: What the last probe could not measure, and why: `SIGNALS`, `TEMPORAL`. After `ATTEMPTS` in a row
+            nothing is measured any more.
+        is_owed: Nothing came back to the last probe, although it could have: it has shown no more than activations.
+        elsewhere: Calls in further threads, or of copies of the model, were overlooked.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -83,10 +80,13 @@ class SignalProbe:
         self.wrapped: frozenset[nn.Module] = frozenset()
         self.hidden: tuple[str, ...] = ()
         self.before_backward: Callable[[], None] | None = None
-        self.failure = ""
+        self.failures: dict[str, str] = {}
+        self.is_owed = False
+        self.elsewhere = ""
         self._compiled = compiled
         self._temporal = temporal
-        self._thread = threading.get_ident()
+        self._thread: int | None = None  # of the step: the first one that calls
+        self._in_a_row = 0  # probes that failed
         self._handles: list[Any] = []
         self._gates: list[Any] = []
         self._stance: Any = None
@@ -109,20 +109,7 @@ class SignalProbe:
         if seen == self._seen:
             return
         self._seen = seen
-        hidden: list[str] = []
-        self._modules.clear()
-        for path, module in self.model.named_modules():
-            if any(not top or path.startswith(f"{top}.") for top in hidden) or _PARAMETRIZATION.search(path):
-                continue
-            if hash(module) != object.__hash__(module):
-                continue  # a metric: its hash changes with its state
-            name = clean_name(f"{path}.").rstrip(".") or name_of(self.model)
-            if isinstance(module, torch.jit.ScriptModule) or (is_compiled(module) and not self._compiled):
-                hidden.append(path)
-            else:
-                measured = has_own_parameters(module) or isinstance(module, NORMS)
-                self._modules[module] = Watched(name, measured, kind_of_module(module), not module._modules)
-        self.hidden = tuple(clean_name(f"{path}.").rstrip(".") or name_of(self.model) for path in hidden)
+        self._modules, self.hidden = watched_modules(self.model, compiled=self._compiled)
 
     @property
     def wants_samples(self) -> bool:
@@ -142,15 +129,25 @@ class SignalProbe:
         """Whether hooks are on the modules."""
         return bool(self._handles)
 
+    @property
+    def failure(self) -> str:
+        """Why a measure has failed in the step that runs, or in the last one; empty where none has."""
+        return self._step.returns.failure or self.failures.get(SIGNALS, "")
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether too many probes have failed in a row."""
+        return self._in_a_row >= ATTEMPTS
+
     def open(self) -> None:
         """Put hooks on the modules; without effect where they are."""
-        if self._handles or self.failure:
+        if self._handles or self.has_given_up:
             return
         self._look()
         if self._compiled and any(map(is_compiled, self._modules)):
             self._stance = torch.compiler.set_stance("force_eager")
-        self._thread = threading.get_ident()
-        enter, leave = Hook(self._enter), Hook(self._leave)
+        self._thread = None
+        enter, leave = Hook(self._enter, self._fail), Hook(self._leave, self._fail)
         for module, watched in self._modules.items():
             if not watched.leaf:
                 self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -176,7 +173,8 @@ class SignalProbe:
             self.open()
         if due and not self._gates and not self._compiled:
             roots = [root for root in callable_roots(self.model) if root in self._modules]
-            self._gates = [root.register_forward_pre_hook(Hook(self._open_for), with_kwargs=True) for root in roots]
+            gate = Hook(self._open_for, self._fail)
+            self._gates = [root.register_forward_pre_hook(gate, with_kwargs=True) for root in roots]
         elif not due:
             for gate in self._gates:
                 gate.remove()
@@ -185,7 +183,8 @@ class SignalProbe:
     def _open_for(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._handles and self.model.training and torch.is_grad_enabled() and not self._outside():
             self.open()
-            if not self._modules[module].leaf:
+            watched = self._modules.get(module)
+            if self._handles and watched is not None and not watched.leaf:
                 self._enter(module, args, kwargs)  # a hook that is added now is not called for this pass
 
     def temporal_flows(self) -> dict[str, dict[str, Tensor]]:
@@ -195,15 +194,25 @@ class SignalProbe:
             By module, and by layer and direction, norms of shape (steps,), see `flow_norms`.
         """
         given, self._step.given = self._step.given, {}
+        if not given:
+            return {}
         try:
             with self.held():
-                return {
+                flows = {
                     name: flow_norms(module, inputs, hx, cotangents=FLOW, samples=FLOW, steps=FLOW_STEPS)
                     for name, (module, inputs, hx) in given.items()
                 }
         except Exception as error:
-            self._fail(error)
+            self.failures[TEMPORAL] = reason_of(error)
             return {}
+        self.failures.pop(TEMPORAL, None)
+        return flows
+
+    @contextmanager
+    def of_any_pass(self) -> Iterator[None]:
+        """Let gradients that `torch.autograd.grad` computes count for a while."""
+        with self._step.returns.of_any_pass():
+            yield
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -234,18 +243,23 @@ class SignalProbe:
         Returns:
             None where nothing was measured.
         """
-        done, self._step = self._step, Step()
-        if not done.places and not self.across_ranks:
+        done, self._step, self._thread = self._step, Step(), None
+        self.is_owed = done.is_blank
+        if not (done.places or done.returns.failure or self.across_ranks):
             return None
         spec, parts = Spec(), nothing(done.sums.device)
-        try:
-            spec = done.spec()
-            parts = self._parts(done, spec, scale)
-        except Exception as error:
-            self._fail(error)  # the other ranks wait for this one all the same
+        if not done.returns.failure:
+            try:
+                full = done.spec()
+                spec, parts = full, done.parts(full, scale, self._survey.windows)
+            except Exception as error:
+                done.returns.fail(error)
+        self._account(done)
+        if not spec.sites and not self.across_ranks:
+            return None  # else the other ranks wait for this one all the same
         if self.across_ranks:
             agreed = self._agreed.get(optimizer, Spec())
-            if not agreed.sites:  # the first probe: what all ranks will add up from now on
+            if not agreed.chain:  # the first probe with a backward pass: what all ranks will add up from now on
                 agreed = self._agreed[optimizer] = united(sharding.gather_objects(spec))
             flat = torch.cat([part.flatten() for part in in_order(parts, spec, agreed)])
             spec, parts = agreed, [sharding.sum_over_ranks(flat)]
@@ -256,73 +270,75 @@ class SignalProbe:
             else None
         )
 
-    def _parts(self, done: Step, spec: Spec, scale: Tensor | None) -> list[Tensor]:
-        """The sums of the sites, of the network's input, of the activations, the flags, and the histograms."""
-        count = len(spec.sites)
-        matrix = done.sums.matrix(count, scale)
-        norm, number = done.sums.input or (matrix.new_zeros(()), 0)
-        shares = [self._survey.windows[activation.name].take() for activation in spec.activations]
-        units = [
-            matrix.new_zeros(UNITS) if share is None else torch.cat([share.to(matrix), matrix.new_ones(1)])
-            for share in shares
-        ]
-        entry = torch.stack([norm.to(matrix).square(), matrix.new_tensor(float(number))])
-        table = torch.stack(units) if units else matrix.new_zeros(0, UNITS)
-        tail = [done.sums.histograms(count)] if spec.histogram else []
-        return [matrix, entry, table, done.sums.flags().unsqueeze(1), *tail]
+    def _account(self, done: Step) -> None:
+        """Count the probes that fail in a row, and say what this one could not measure."""
+        if done.returns.failure:
+            self.failures[SIGNALS] = done.returns.failure
+            self._in_a_row += 1
+        elif done.places:
+            self.failures.pop(SIGNALS, None)
+            self._in_a_row = 0
 
     def _fail(self, error: Exception) -> None:
-        first_line = str(error).partition("\n")[0]  # torch's errors may have a hundred
-        self.failure = self.failure or f"{type(error).__name__}: {first_line}"
+        self._step.returns.fail(error)
+        self._stack.clear()
 
     # --- while a forward pass runs ---
 
     def _outside(self) -> bool:
-        """Whether this is a recomputation in the backward pass, another thread, under vmap, or to be overlooked."""
+        """Whether this is a recomputation in the backward pass, a further thread, under vmap, or to be overlooked."""
         if self._held or torch._C._functorch.peek_interpreter_stack() is not None:
             return True
-        return torch._C._current_graph_task_id() != -1 or threading.get_ident() != self._thread
+        if torch._C._current_graph_task_id() != -1:
+            return True
+        own = threading.get_ident()
+        if self._thread is None:
+            self._thread = own
+        elif own != self._thread and self.model.training and torch.is_grad_enabled():
+            self.elsewhere = "the model is called in several threads, of which the first in each step is measured"
+        return own != self._thread
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._outside():
+        watched = self._watched(module)
+        if watched is None or self._outside():
             return
         if not self._stack and module in self.wrapped - self._passed:
             self._passed.add(module)
             return
-        self._begin_call(module)
+        self._begin_call(module, watched)
         self._stack.append(module)
-        if self._on and self._modules[module].measured:
-            self._guarded(self._read, module, self._modules[module].name, (args, kwargs))
+        if self._on and watched.measured:
+            self._read(module, watched.name, (args, kwargs))
 
-    def _guarded(self, measure: Callable[..., None], *args: Any) -> None:
-        """Measure; a failure must not reach the forward pass."""
-        try:
-            measure(*args)
-        except Exception as error:
-            self._fail(error)
+    def _watched(self, module: nn.Module) -> Watched | None:
+        """What is known of a module; None of a copy that shares its hooks, as replicas of `nn.DataParallel` do."""
+        watched = self._modules.get(module)
+        if watched is None and self.model.training and torch.is_grad_enabled():
+            self.elsewhere = "copies of the model are called, as nn.DataParallel makes them, and are not measured"
+        return watched
 
-    def _begin_call(self, module: nn.Module) -> None:
+    def _begin_call(self, module: nn.Module, watched: Watched) -> None:
         """Where no module is running yet, a loop has called one."""
         if not self._stack:
             passes = self._step.passes[module] = self._step.passes.get(module, 0) + 1
-            few = passes <= (LEAF_PASSES if self._modules[module].leaf else PASSES)
-            self._on = few and self.model.training and torch.is_grad_enabled() and not self.failure
+            few = passes <= (LEAF_PASSES if watched.leaf else PASSES)
+            self._on = few and self.model.training and torch.is_grad_enabled() and not self._step.returns.failure
             self._step.calls.clear()
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._outside():
+        watched = self._watched(module)
+        if watched is None or self._outside():
             return
         if not self._stack and module in self._passed:
             self._passed.remove(module)
             return
-        watched = self._modules[module]
         if watched.leaf:
-            self._begin_call(module)
+            self._begin_call(module, watched)
         else:
             while self._stack and self._stack.pop() is not module:
                 pass  # left by an exception that the model caught
-        if self._on and not self.failure and output is not None:
-            self._guarded(self._see, module, watched, (args, kwargs), output)
+        if self._on and not self._step.returns.failure and output is not None:
+            self._see(module, watched, (args, kwargs), output)
 
     def _see(self, module: nn.Module, watched: Watched, given: Any, output: Any) -> None:
         """Look at a call that is over."""
@@ -364,11 +380,20 @@ class SignalProbe:
         elif kind is None and tensor.numel():  # known kinds make no NaN of what is finite
             self._step.sums.flag(name, norm_of(plain(tensor)))  # a sum may overflow
         if isinstance(module, nn.RNN) and name not in self._step.flows and not isinstance(output[0], PackedSequence):
-            flow = outer_flow(module, tensor, cotangents=FLOW, samples=FLOW, steps=FLOW_STEPS)
-            self._step.flows[name] = {key: norms for key, norms in flow.items() if len(norms) >= SHORTEST}
+            self._look_back(module, name, tensor)
         latest = self._step.latest
         if kind is not None and latest is not None and not self._is_seen(module, tensor):
             self._survey.add(self._step, kind, latest, plain(tensor))
+
+    def _look_back(self, module: nn.RNN, name: str, output: Tensor) -> None:
+        """Measure the gradient through time by what a recurrent module has put out."""
+        try:
+            flow = outer_flow(module, output, cotangents=FLOW, samples=FLOW, steps=FLOW_STEPS)
+        except Exception as error:  # the signals are measured all the same
+            self.failures[TEMPORAL] = reason_of(error)
+            return
+        self.failures.pop(TEMPORAL, None)
+        self._step.flows[name] = {key: norms for key, norms in flow.items() if len(norms) >= SHORTEST}
 
     def _is_seen(self, module: nn.Module, output: Tensor) -> bool:
         """Whether the autograd graph will show an activation's output."""
@@ -396,26 +421,13 @@ class SignalProbe:
             step.sums.sample(place.number, values)
         if tensor.requires_grad and tensor.grad_fn is not None:
             step.paths.mark(tensor.grad_fn, place.number, size=tensor.numel(), hidden=calls > 1)
-            tensor.register_hook(  # type: ignore[no-untyped-call]
-                Backward(
-                    step.sums, place.number, step.unrolled.get(name), self._turn(module, calls), self._begin_backward
-                )
-            )
-
-    # --- after a forward pass ---
+            step.returns.began = self.before_backward
+            leaves, turn = step.paths.leaves(tensor.grad_fn), self._turn(module, calls)
+            step.returns.expect(tensor, place.number, leaves, step.unrolled.get(name), turn)
 
     def _turn(self, module: nn.Module, calls: int) -> int:
         """Which call of a module it is: within the pass, or, where a loop calls the module itself, among these."""
         return calls if self._stack else self._step.passes.get(module, calls)
-
-    def _begin_backward(self) -> None:
-        """Once a backward pass, before it has come to any parameter."""
-        task = torch._C._current_graph_task_id()
-        if task != self._step.backward_pass:
-            self._step.backward_pass = task
-            if self.before_backward is not None:
-                with torch.no_grad():
-                    self._guarded(self.before_backward)
 
     def end(self, loss: Tensor | None) -> None:
         """Look at the graph of a loss, before its backward pass or after it.
@@ -423,9 +435,12 @@ class SignalProbe:
         Args:
             loss: The loss; None: the outputs of the modules that the loop has called stand for it.
         """
-        ends = self._step.outputs if loss is None else [loss]
-        names = {node: self._step.numbered[point].owner for node, point in self._step.paths.points.items()}
-        self._guarded(self._step.ending.look, ends, names)
+        step = self._step
+        try:
+            names = {node: step.numbered[point].owner for node, point in step.paths.points.items()}
+            step.ending.look(step.outputs if loss is None else [loss], names)
+        except Exception as error:
+            self._fail(error)
 
     @property
     def ending(self) -> Ending:
@@ -435,11 +450,13 @@ class SignalProbe:
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the unit windows that are not full yet, and what ranks have agreed on."""
+        """Return the unit windows that are not full yet, what ranks have agreed on, and the failures in a row."""
         agreed = {optimizer: spec.to_dict() for optimizer, spec in self._agreed.items()}
-        return {"windows": self._survey.state_dict(), "agreed": agreed}
+        return {"windows": self._survey.state_dict(), "agreed": agreed, "failed": [self._in_a_row, self.failures]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` returned."""
         self._agreed = {optimizer: Spec.from_dict(spec) for optimizer, spec in state["agreed"].items()}
         self._survey.load_state_dict(state["windows"])
+        self._in_a_row, failures = state.get("failed", [0, {}])
+        self.failures = dict(failures)

@@ -11,17 +11,22 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from lightning_gradhealth import sharding
-from lightning_gradhealth.signals.sums import Sums
 from lightning_gradhealth.trees import tensors
 
 
 class Hook:
-    """A hook of a module, without effect in a copy: a model that carries it can be pickled, and trained elsewhere."""
+    """A hook of a module, without effect in a copy: a model that carries it can be pickled, and trained elsewhere.
+
+    Args:
+        call: What it does.
+        failed: Is given what that raises: a failure must not reach the forward pass.
+    """
 
     _call: Callable[..., None] | None = None
 
-    def __init__(self, call: Callable[..., None]) -> None:
+    def __init__(self, call: Callable[..., None], failed: Callable[[Exception], None]) -> None:
         self._call = call
+        self._failed = failed
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -30,40 +35,12 @@ class Hook:
         """Call what it is for."""
         if torch.compiler.is_compiling():
             return  # a compiled function calls the module: it is to be compiled as if there were no hook
-        if self._call is not None:
+        if self._call is None:
+            return
+        try:
             self._call(*args)
-
-
-class Backward:
-    """The hook of a tensor: adds its gradient, and keeps its norm under the number of the call where that is asked.
-
-    It says first that a backward pass is on its way.
-    """
-
-    def __init__(
-        self,
-        sums: Sums,
-        number: int,
-        norms: dict[int, Tensor] | None = None,
-        call: int = 0,
-        began: Callable[[], None] | None = None,
-    ) -> None:
-        self._sums = sums
-        self._began = began
-        self._number = number
-        self._norms = norms
-        self._call = call
-
-    def __call__(self, gradient: Tensor) -> None:
-        """Add it."""
-        if torch.is_grad_enabled():
-            return  # create_graph: a gradient that the loss is made of, as in gradient penalties, not that of the loss
-        if self._began is not None:
-            self._began()
-        with torch.no_grad():
-            norm = self._sums.backward(self._number, plain(gradient))
-            if self._norms is not None:
-                self._norms.setdefault(self._call, norm)
+        except Exception as error:
+            self._failed(error)
 
 
 def first_floating(value: Any) -> Tensor | None:

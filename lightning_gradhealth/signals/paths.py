@@ -5,12 +5,13 @@ Nothing is traced or run twice: functional activations, merges and the order of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from lightning_gradhealth.signals.kinds import shown_name
+from lightning_gradhealth.signals.returns import LEAF
 
 HOPS = 12  # operations between a merge and the module that reads it: activation, dropout, views, casts
 # what leaves the size of a signal alone, but for a factor near 1: behind a merge it can stand for it
@@ -48,6 +49,7 @@ class Paths:
         self.consumers: dict[Node, list[Node]] = {}
         self._hidden: set[Node] = set()  # points that are not on any chain: further calls of a shared module
         self._carries: dict[Node, bool] = {}
+        self._walked: set[Node] = set()  # on the way to the leaves
         self._signals: dict[Node, list[Node]] = {}
         self._dominator: dict[Node, Node | None] = {}
         self._depth: dict[Node, int] = {}
@@ -68,6 +70,18 @@ class Paths:
         if hidden:
             self._hidden.add(node)
         return True
+
+    def leaves(self, node: Node | None) -> Iterator[Node]:
+        """The leaves of the graph behind a node that have not been given yet."""
+        open_ = [node]
+        while open_:
+            current = open_.pop()
+            if current is None or current in self._walked:
+                continue
+            self._walked.add(current)
+            if current.name() == LEAF:
+                yield current
+            open_ += [before for before, _ in current.next_functions]
 
     # --- what a node is ---
 
@@ -158,11 +172,12 @@ class Paths:
                 other = self._dominator[other]
         return one
 
-    def feeding(self, nodes: Iterable[Node]) -> set[Node]:
-        """Those of `nodes` (in order, as `extend` gives them) from which a point follows."""
+    def feeding(self, nodes: Iterable[Node], *, but: Container[Node] = ()) -> set[Node]:
+        """Those of `nodes` (in order, as `extend` gives them) from which a point follows that is not among `but`."""
         found: set[Node] = set()
         for node in reversed(list(nodes)):
-            if any(after in self.points or after in found for after in self.consumers.get(node, ())):
+            followers = self.consumers.get(node, ())
+            if any(after in found or (after in self.points and after not in but) for after in followers):
                 found.add(node)
         return found
 
@@ -188,7 +203,8 @@ class Paths:
 
     def chain(self, wanted: Iterable[int]) -> list[int]:
         """The points on every path to the deepest end of the network among the `wanted` ones, from the input on."""
-        allowed, inner = set(wanted), self.feeding(self._dominator)
+        # where further calls of modules on the chain are all that follows, that is the end
+        allowed, inner = set(wanted), self.feeding(self._dominator, but=self._hidden)
         points = [n for n, point in self.points.items() if point in allowed and n in self._rank]
         ends = [node for node in points if node not in inner and node not in self._hidden]
         end: Node | None = max(ends, key=self._rank.__getitem__, default=None)

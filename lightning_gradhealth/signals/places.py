@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +14,10 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_gradhealth.signals.ending import Ending
 from lightning_gradhealth.signals.kinds import Kind
 from lightning_gradhealth.signals.paths import Paths
-from lightning_gradhealth.signals.reading import Activation, Site, Spec
+from lightning_gradhealth.signals.reading import UNITS, Activation, Site, Spec
+from lightning_gradhealth.signals.returns import Returns
 from lightning_gradhealth.signals.sums import Sums
+from lightning_gradhealth.signals.units import UnitWindow
 
 CALLS = 64  # calls of a shared module within one forward pass that are measured
 GREATEST = 2_000  # sites beyond which no histograms are kept
@@ -73,6 +77,7 @@ class Step:
 
     Attributes:
         sums: The sums over signals.
+        returns: What the hooks on tensors share.
         paths: The graph that the signals take.
         places: The sites by name.
         numbered: The same in order of first use.
@@ -85,11 +90,11 @@ class Step:
         given: What recurrent modules were given, where more of that is to be measured.
         ending: What the graphs of the losses show.
         outputs: What the modules have given that a loop has called.
-        backward_pass: The last backward pass that was seen to begin.
     """
 
     def __init__(self) -> None:
         self.sums = Sums()
+        self.returns = Returns(self.sums)
         self.paths = Paths()
         self.places: dict[str, Place] = {}
         self.numbered: list[Place] = []
@@ -102,7 +107,6 @@ class Step:
         self.activations: dict[str, Activation] = {}
         self.ending = Ending()
         self.outputs: list[Tensor] = []
-        self.backward_pass = -1
 
     def place(self, name: str, owner: str, module: nn.Module, values: Tensor, same: int = -1) -> Place:
         """The place of that name, a new one if there is none yet."""
@@ -111,6 +115,11 @@ class Step:
             self.numbered.append(self.places[name])
         return self.places[name]
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether no gradient has come back, although one could have: nobody called, or none went backward."""
+        return not self.sums.returned and (self.returns.awaited > 0 or not self.places)
+
     def calls_back(self, shortest: int) -> dict[str, dict[str, Tensor]]:
         """The gradient on its way back over the calls of each recurrent cell that was called so often in one pass."""
         found = {}
@@ -118,6 +127,27 @@ class Step:
             if len(norms) >= shortest:
                 found[name] = {"calls": torch.stack([norms[call] for call in sorted(norms)])}
         return found
+
+    def parts(self, spec: Spec, scale: Tensor | None, windows: Mapping[str, UnitWindow]) -> list[Tensor]:
+        """The sums of the sites, of the network's input, of the activations, the flags, and the histograms.
+
+        Args:
+            spec: What `spec` gave.
+            scale: The factor by which the loss was scaled, shape (); None: by none.
+            windows: The units of the activations.
+        """
+        count = len(spec.sites)
+        matrix = self.sums.matrix(count, scale)
+        norm, number = self.sums.input or (matrix.new_zeros(()), 0)
+        shares = [windows[activation.name].take() for activation in spec.activations]
+        units = [
+            matrix.new_zeros(UNITS) if share is None else torch.cat([share.to(matrix), matrix.new_ones(1)])
+            for share in shares
+        ]
+        entry = torch.stack([norm.to(matrix).square(), matrix.new_tensor(float(number))])
+        table = torch.stack(units) if units else matrix.new_zeros(0, UNITS)
+        tail = [self.sums.histograms(count)] if spec.histogram else []
+        return [matrix, entry, table, self.sums.flags().unsqueeze(1), *tail]
 
     def spec(self) -> Spec:
         """What was measured, in order of first use."""
@@ -130,7 +160,7 @@ class Step:
         # what a weight gives to a norm may have any size
         kept = [
             number
-            for number, after in zip(chain, [*chain[1:], None], strict=True)
+            for number, after in zip_longest(chain, chain[1:])
             if after is None or not places[after].is_norm or places[number].name != places[number].owner
         ]
         units = tuple(self.activations.values())

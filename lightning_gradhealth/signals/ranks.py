@@ -12,13 +12,13 @@ from lightning_gradhealth.signals.reading import BINS, COLUMNS, UNITS, Site, Spe
 
 
 def united(specs: Iterable[Spec]) -> Spec:
-    """The sites and activations of all ranks, those of the first rank first; the chain is the first one's.
+    """The sites and activations of all ranks, those of the first rank first that has a chain; the chain is that one's.
 
     Example:
         >>> [site.name for site in united([Spec((Site("a", "a"),)), Spec((Site("b", "b"),))]).sites]
         ['a', 'b']
     """
-    specs = [spec for spec in specs if spec.sites]
+    specs = sorted((spec for spec in specs if spec.sites), key=lambda spec: not spec.chain)
     if not specs:
         return Spec()
     sites = {site.name: site for spec in reversed(specs) for site in spec.sites}

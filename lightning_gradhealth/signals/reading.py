@@ -226,8 +226,9 @@ def with_signals(record: StepRecord, signals: Sequence[Signals], layer_of: Calla
             merged.update({k: v for k, v in found.get(layer.name, {}).items() if v is not None})
         return merged
 
-    latest = {reading.optimizer: reading.chain(layer_of) for reading in signals}
-    chains = tuple(chain for chain in latest.values() if chain.points)
+    # a step without a backward pass has no chain, and takes none away
+    latest = {reading.optimizer: chain for reading in signals if (chain := reading.chain(layer_of)).points}
+    chains = tuple(latest.values())
     layers = tuple(layer.changed(**fields_of(layer)) for layer in record.layers)
     origin = next((name for reading in signals if (name := reading.first_non_finite)), "")
     gains = {
