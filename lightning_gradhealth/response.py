@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any, Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 from lightning_gradhealth.errors import GradHealthError, NonFiniteGradientError
 from lightning_gradhealth.gradients import Decision
 from lightning_gradhealth.gradients.flags import without_effect
+from lightning_gradhealth.gradients.optimizers import takes_hooks
 from lightning_gradhealth.gradients.rows import Row
 from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import unwrap
@@ -83,9 +85,9 @@ class Response:
         self._searched: set[int] = set()  # optimizers whose last healthy step came before the last search
         self._searching = False
         self._search = 0  # steps for which a flag that could stay on the device is read, to catch the next one
-        self._fused: dict[int, bool] = {}
-        self._flags: dict[int, tuple[Optimizer, Tensor]] = {}
-        self._hooks: dict[int | str, Any] = {}  # by the number of the optimizer
+        self._fused: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        self._flags: WeakKeyDictionary[Optimizer, Tensor] = WeakKeyDictionary()
+        self._hooks: WeakKeyDictionary[Optimizer | nn.Module, Any] = WeakKeyDictionary()
 
     # --- what can be run again ---
 
@@ -109,7 +111,7 @@ class Response:
         # module.compile() would make the hook a part of the compiled code
         if self.mode != "warn" and getattr(inner, "_compiled_call_impl", None) is None:
             hook = nn.Module.register_forward_pre_hook(inner, _Remembers(self), with_kwargs=True)
-            self._hooks["calls"] = hook
+            self._hooks[inner] = hook
 
     def forget(self) -> None:
         """Let go of the forward passes of a step that is done."""
@@ -184,9 +186,9 @@ class Response:
         if decision.skip is None:
             return False
         row, optimizer = decision.row, decision.optimizer
-        if self.mode == "skip" and self._search == 0 and self._takes_flag(row.optimizer, optimizer):
+        if self.mode == "skip" and self._search == 0 and self._takes_flag(optimizer):
             row.skip = decision.skip
-            self._flag(row.optimizer, optimizer, decision.skip)
+            self._flag(optimizer, decision.skip)
             return False
         self._search = max(0, self._search - 1)
         row.skip = bool(decision.skip)
@@ -209,26 +211,28 @@ class Response:
         self._count(row.optimizer, row.step)
         return True
 
-    def _takes_flag(self, number: int, optimizer: Optimizer) -> bool:
+    def _takes_flag(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer can be made to skip by a flag on the device, as torch's fused ones can."""
-        if number not in self._fused:  # those that take the scaler itself look for no flag
+        if not takes_hooks(optimizer):  # nor could the flag be taken back
+            return False
+        if optimizer not in self._fused:  # those that take the scaler itself look for no flag
             fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-            self._fused[number] = fused and "grad_scaler" not in signature(optimizer.step).parameters
-        return self._fused[number] and not _starts_momentum(optimizer)
+            self._fused[optimizer] = fused and "grad_scaler" not in signature(optimizer.step).parameters
+        return self._fused[optimizer] and not _starts_momentum(optimizer)
 
-    def _flag(self, number: int, optimizer: Optimizer, skip: Tensor) -> None:
+    def _flag(self, optimizer: Optimizer, skip: Tensor) -> None:
         """Give a fused optimizer the flag by which a loss scaler would make it skip."""
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
         flag = skip.to(device, torch.float32)
         optimizer.found_inf = flag  # type: ignore[attr-defined]
-        self._flags[number] = optimizer, flag
-        if number not in self._hooks:
-            self._hooks[number] = optimizer.register_step_post_hook(lambda *_: self._forget_flag(number))
+        self._flags[optimizer] = flag
+        if optimizer not in self._hooks:
+            self._hooks[optimizer] = optimizer.register_step_post_hook(self._forget_flag)
 
-    def _forget_flag(self, number: int) -> None:
+    def _forget_flag(self, optimizer: Optimizer, *_: Any) -> None:
         """Take the flag back, unless a loss scaler has put its own in its place."""
-        optimizer, flag = self._flags.pop(number, (None, None))
-        if optimizer is not None and vars(optimizer).get("found_inf") is flag:
+        flag = self._flags.pop(optimizer, None)
+        if flag is not None and vars(optimizer).get("found_inf") is flag:
             del optimizer.found_inf  # type: ignore[attr-defined]
 
     def _recovered(self, number: int) -> None:
@@ -280,8 +284,8 @@ class Response:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        for number in list(self._flags):
-            self._forget_flag(number)
+        for optimizer in list(self._flags):
+            self._forget_flag(optimizer)
         self._forwards.clear()
 
     def state_dict(self) -> dict[str, Any]:

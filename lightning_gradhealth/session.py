@@ -17,7 +17,7 @@ from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, chec
 from lightning_gradhealth.gradients import Clip, Decision, GradientMonitor
 from lightning_gradhealth.gradients.clipping import Gradients
 from lightning_gradhealth.gradients.monitor import CAPACITY, check_step
-from lightning_gradhealth.gradients.optimizers import bare, check_optimizer, check_scaler
+from lightning_gradhealth.gradients.optimizers import bare, check_optimizer, check_scaler, scaler_of
 from lightning_gradhealth.gradients.rows import Pattern, Row
 from lightning_gradhealth.guard import Guard, never_fatal, world_size
 from lightning_gradhealth.judgement import Judgement
@@ -161,7 +161,7 @@ class HealthSession:
             optimizer: The optimizer that is about to step; only its parameters are looked at.
             loss: The training loss of this step, shape () or a float.
             grad_scaler: The scaler of the loss, if there is one, before or after its `unscale_`.
-            step: The loggers' x value; None counts from 0 the steps of the optimizer that stepped most.
+            step: The loggers' x value; None counts from 0, one more whenever an optimizer comes round again.
 
         Returns:
             What is to be done, for `apply`.
@@ -198,6 +198,7 @@ class HealthSession:
         self._settle_order()
         if len(self.monitor.rows) >= CAPACITY:
             self._take_in()
+        grad_scaler = scaler_of(optimizer, grad_scaler)
         probed = self._is_probed(self.monitor.steps_of(optimizer))
         decision = self.monitor.observe(optimizer, step=step, grad_scaler=grad_scaler, exact=probed, probe=probed)
         self.see_loss(loss if isinstance(loss, Tensor) else None)
@@ -483,6 +484,7 @@ class HealthSession:
             notes.append("units: not judged in every layer (fewer than 256 samples were seen there)")
         if judgement.steps and not judgement.loss_seen:
             notes.append(NO_LOSS)
+        notes += [f"update/weight: not measured: {why}" for why in self.monitor.updates.unmeasured.values()]
         return notes
 
     def _notes_on_steps(self, judgement: Judgement) -> list[str]:

@@ -276,6 +276,7 @@ def test_state_makes_the_round_trip() -> None:
     torch.save(monitor.state_dict(), buffer)
     buffer.seek(0)
     other = GradientMonitor(model)
+    other.index_of(optimizer)  # what it is, a record says of those that are known
     other.load_state_dict(torch.load(buffer, weights_only=True))
     assert other.flush() == monitor.flush()
     assert other.steps_of(optimizer) == 3

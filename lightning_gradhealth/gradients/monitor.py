@@ -18,20 +18,22 @@ from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
 from lightning_gradhealth.gradients.optimizers import (
+    Numbers,
     bare,
-    check_optimizer,
     check_scaler,
     described,
+    known_to,
     rate,
+    scaler_of,
     still_scaled,
     unscaled,
 )
 from lightning_gradhealth.gradients.rows import HostRow, Pattern, Row, rows_from_state, rows_to_state
 from lightning_gradhealth.gradients.unstepped import UnsteppedWatch, sizes_of
-from lightning_gradhealth.gradients.weights import WeightProbe, WeightWatch
+from lightning_gradhealth.gradients.updates import Updates
 from lightning_gradhealth.layers import LayersSpec, Layout
 from lightning_gradhealth.merging import merged
-from lightning_gradhealth.norms import norms, norms_or_zero, read_once
+from lightning_gradhealth.norms import norms, read_once
 from lightning_gradhealth.records import StepRecord
 from lightning_gradhealth.saving import Saver
 from lightning_gradhealth.sharding import Sharding, local, sum_over_ranks
@@ -90,8 +92,7 @@ class GradientMonitor:
         self.layout = Layout(model, layers)
         self.rows: deque[Row] = deque(maxlen=CAPACITY)
         self._model = model
-        self._optimizers: list[Optimizer] = []
-        self._observed: list[int] = []
+        self._numbers = Numbers()
         self._had_grad: set[int] = set()
         self._without_grad: dict[int, tuple[int, int]] = {}  # slot -> x value since when, steps for which
         self.changed = Changed()
@@ -101,10 +102,7 @@ class GradientMonitor:
         self._shardings: dict[int, Sharding | None] = {}
         self._clippers: dict[int, Clipper] = {}
         self._positions: dict[Pattern, Tensor] = {}
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
-        self._segments: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self._open: dict[int, tuple[Row, WeightWatch, bool]] = {}
-        self._hooks: dict[int, Any] = {}
+        self.updates = Updates(self.layout, self._places)
         self._unstepped = UnsteppedWatch(self.layout)
         self._saw_backward = False
         self._carried: dict[int, Tensor | float] = {}  # by optimizer: norm of what is left of the gradient before
@@ -113,37 +111,30 @@ class GradientMonitor:
     # --- every step ---
 
     def index_of(self, optimizer: Optimizer) -> int:
-        """Number of an optimizer, in the order in which they were first met; wrappers (Fabric's) are looked through."""
-        optimizer = bare(optimizer)
-        for index, known in enumerate(self._optimizers):
-            if known is optimizer:
-                return index
-        check_optimizer(optimizer)
-        self._optimizers.append(optimizer)
-        self._observed.extend([0] * (len(self._optimizers) - len(self._observed)))
-        return len(self._optimizers) - 1
+        """Number of an optimizer, in the order in which they were first met; wrappers are looked through."""
+        return self._numbers.of(optimizer)
 
     def steps_of(self, optimizer: Optimizer) -> int:
         """Steps observed of this optimizer so far."""
-        return self._observed[self.index_of(optimizer)]
+        return self._numbers.counts[self.index_of(optimizer)]
 
     def expects(self, wanted: Callable[[int], bool]) -> bool:
         """Whether the next step of any optimizer is wanted, by the number of those before; True before the first.
 
-        One that has never stepped is not waited for: it may never do so.
+        One that has never stepped is not waited for: it may never do so; nor one that has not for very long.
         """
-        counts = [count for count in self._observed if count]
+        counts = self._numbers.waited_for()
         return not counts or any(map(wanted, counts))
 
     @property
     def stepped(self) -> bool:
         """Whether any optimizer was seen to step."""
-        return any(self._observed)
+        return any(self._numbers.counts)
 
     @property
     def unseen(self) -> list[int]:
         """Numbers of the optimizers that are known, and of which no step was observed."""
-        return [number for number, count in enumerate(self._observed) if not count]
+        return [number for number, count in enumerate(self._numbers.counts) if not count]
 
     @property
     def sharded(self) -> bool:
@@ -170,7 +161,7 @@ class GradientMonitor:
 
         Args:
             optimizer: The optimizer that is about to step.
-            step: The loggers' x value; None counts from 0 the steps of the optimizer that stepped most.
+            step: The loggers' x value; None counts from 0, one more whenever an optimizer comes round again.
             grad_scaler: The scaler of the loss; gradients it has not unscaled yet are measured as if it had, or,
                 where they are to be clipped, unscaled by it now.
             exact: False allows large tensors on a CPU to be summed in float32 blocks.
@@ -180,19 +171,19 @@ class GradientMonitor:
             TypeError: `optimizer` or `grad_scaler` is none, or `step` is no int.
             ValueError: `step` is below 0.
         """
-        optimizer = bare(optimizer)
-        grad_scaler, step = check_scaler(grad_scaler), check_step(step)
+        given, optimizer = optimizer, bare(optimizer)
+        grad_scaler, step = scaler_of(given, check_scaler(grad_scaler)), check_step(step)
         number = self.index_of(optimizer)
-        self._observed[number] += 1
-        if step is None:
-            step = max(self._observed) - 1
+        count = self._numbers.step(number)
+        step = count if step is None else step
+        self.updates.forget(number)
         scaled = grad_scaler is not None and grad_scaler.is_enabled()
         if self.changed.before_step(optimizer):
             self.changed_since.setdefault(number, step)
         pattern, tensors = self._scan(optimizer, number, step)
-        pending = grad_scaler is not None and scaled and bool(tensors) and still_scaled(optimizer, grad_scaler)
+        pending = grad_scaler is not None and scaled and bool(tensors) and still_scaled(given, grad_scaler)
         if grad_scaler is not None and pending and self.clip is not None:
-            grad_scaler.unscale_(optimizer)
+            grad_scaler.unscale_(known_to(grad_scaler, given))
             pending = False
         vector = self._measure(number, pattern, tensors, exact=exact)
         if grad_scaler is not None and pending:
@@ -210,9 +201,8 @@ class GradientMonitor:
         row.carried = carried if self._saw_backward else None
         self._saw_backward = False
         self.rows.append(row)
-        self._open.pop(number, None)
         if probe and pattern.slots:
-            self._watch(optimizer, row, still_scaled=pending)
+            self.updates.watch(given, row, self._shardings[number], still_scaled=pending)
         return decision
 
     def _scan(self, optimizer: Optimizer, number: int, step: int) -> tuple[Pattern, list[Tensor | None]]:
@@ -320,9 +310,9 @@ class GradientMonitor:
         Where they were cleared before any of them, what follows is accumulated on purpose.
         """
         self._saw_backward = True  # after one that was not seen nothing is known: it may have begun with none
-        for number, optimizer in enumerate(self._optimizers):
+        for number, optimizer in self._numbers.alive():
             known = self._carried.get(number)
-            if isinstance(known, float) or not self._observed[number]:
+            if isinstance(known, float) or not self._numbers.counts[number]:
                 continue
             left = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             if not left:
@@ -339,48 +329,11 @@ class GradientMonitor:
             leaves: Those of the loss's graph, see `signals.ending`.
         """
         if not self.sharded and not self.layout.flat:
-            entries = self._unstepped.look(self._optimizers, leaves, self._had_grad)
+            entries = self._unstepped.look(
+                [optimizer for _, optimizer in self._numbers.alive()], leaves, self._had_grad
+            )
             row.unstepped = tuple((entry.name, entry.layer, entry.kind, entry.fix) for entry in entries)
             row.unstepped_norms = sizes_of(entries)
-
-    def _watch(self, optimizer: Optimizer, row: Row, *, still_scaled: bool) -> None:
-        """Look at the weights now, and at what the step did to them when it is done."""
-        number = row.optimizer
-        slots = [self.layout.slots[slot] for slot in row.pattern.slots]
-        watch = WeightWatch(slots, self._indices, self._segments)
-        if self._shardings[number] is None:
-            row.probe = watch.probe
-        self._open[number] = row, watch, still_scaled
-        if number not in self._hooks:
-            self._hooks[number] = optimizer.register_step_post_hook(self._after_step)
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Close the probe of a step that the optimizer has just done; one more collective if it is sharded."""
-        number = self.index_of(optimizer)
-        if number not in self._open:
-            return
-        row, watch, still_scaled = self._open.pop(number)
-        watch.close()
-        slots, flat = row.pattern.slots, self.layout.flat
-        parameters = [self.layout.slots[slot].parameter for slot in slots]
-        there = all(p.grad is not None or slot in flat for p, slot in zip(parameters, slots, strict=True))
-        given = [None if p.grad is None else local(p.grad) for p in parameters]
-        applied = norms_or_zero(given, row.norms.device, exact=False)
-        sharding = self._shardings[number]
-        if sharding is not None:  # every rank sends as much, whatever it has
-            *probe, applied = self._reduce(sharding, row, [*watch.probe.parts(), applied])
-            row.probe = WeightProbe((1.0,) * len(parameters), *probe)
-        row.applied = applied if there and not still_scaled else None
-
-    def _reduce(self, sharding: Sharding, row: Row, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Norms of the whole from norms of this rank's parts of the parameters that have a gradient."""
-        places = self._places(row.pattern, row.norms.device)
-        if places is None:
-            return list(sharding.reduce(*parts))
-        blank = torch.zeros(len(row.pattern.owned), dtype=row.norms.dtype, device=row.norms.device)
-        whole = sharding.reduce(*(blank.index_copy(0, places, part.to(blank.device)) for part in parts))
-        return [vector.index_select(0, places) for vector in whole]
 
     # --- what was decided ---
 
@@ -393,16 +346,14 @@ class GradientMonitor:
 
     def close(self) -> None:
         """Remove the hooks from the optimizers; calling it twice does no harm."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
-        self._open.clear()
+        self.updates.close()
         self.changed.forget()
 
     # --- at the logging cadence ---
 
     def pending(self) -> list[Tensor]:
         """Every device vector that has not been read yet."""
+        self.updates.settle()
         return [vector for row in self.rows for vector in row.vectors()]
 
     def records(self, values: Sequence[Sequence[float]]) -> list[StepRecord]:
@@ -424,7 +375,7 @@ class GradientMonitor:
             windows[-1].append(row)
         full = [window for window in windows if window]
         # what is missing is known as of now: it belongs to the latest record only
-        groups = {number: described(number, optimizer) for number, optimizer in enumerate(self._optimizers)}
+        groups = {number: described(number, optimizer) for number, optimizer in self._numbers.alive()}
         return [
             make_record(self.layout, window, self._without_grad if window is full[-1] else {}, groups)
             for window in full
@@ -449,7 +400,7 @@ class GradientMonitor:
         for number, clipper in self._clippers.items():
             self._saver.put(clippers, number, f"the state of the clipper {type(clipper).__name__}", clipper.state_dict)
         return {
-            "observed": list(self._observed),
+            "observed": self._numbers.state_dict(),
             "had_grad": sorted(names[slot] for slot in self._had_grad),
             "without_grad": {names[slot]: list(entry) for slot, entry in self._without_grad.items()},
             "changed_since": dict(self.changed_since),
@@ -467,8 +418,7 @@ class GradientMonitor:
         """
         check_keys("state", state, _SAVED)
         slot_of = {slot.name: i for i, slot in enumerate(self.layout.slots)}
-        self._observed = list(state["observed"])
-        self._observed.extend([0] * (len(self._optimizers) - len(self._observed)))
+        self._numbers.load_state_dict(state["observed"])
         self._had_grad = {slot_of[name] for name in state["had_grad"] if name in slot_of}
         self._without_grad = {
             slot_of[name]: (since, count) for name, (since, count) in state["without_grad"].items() if name in slot_of

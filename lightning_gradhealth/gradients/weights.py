@@ -66,11 +66,10 @@ class Sampler:
     """
 
     def __init__(self, slot: Slot, indices: dict[tuple[int, torch.device], Tensor]) -> None:
-        self._parameter = slot.parameter.detach()
         self._rows: tuple[Tensor, Tensor] | None = None
         self._indices: Tensor | None = None
         self.scale = 1.0
-        parameter, gradient = local(self._parameter), slot.parameter.grad
+        parameter, gradient = local(slot.parameter.detach()), slot.parameter.grad
         if slot.is_embedding and gradient is not None:
             self._rows = _top_rows(local(gradient), max(1, SAMPLE // parameter.shape[1]))
         elif parameter.numel() > SAMPLE:
@@ -80,9 +79,9 @@ class Sampler:
                 indices[key] = sample_indices(parameter.numel()).to(parameter.device)
             self._indices = indices[key]
 
-    def take(self) -> Tensor:
-        """The sampled elements, flat and real; they may share the parameter's memory."""
-        parameter = local(self._parameter)
+    def take(self, parameter: Tensor) -> Tensor:
+        """The sampled elements of the parameter as it is now, flat and real; they may share its memory."""
+        parameter = local(parameter.detach())
         if self._rows is not None:
             rows, touched = self._rows
             picked = parameter.index_select(0, rows) * touched.to(parameter.dtype).unsqueeze(1)
@@ -168,6 +167,10 @@ class WeightWatch:
         indices: Cache of `sample_indices` by parameter size and device.
         segments: Cache of which element belongs to which sample, by device and sizes.
 
+    Attributes:
+        parameters: The parameters, as they were before the step.
+        probe: What was measured.
+
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2, 1))
         >>> watch = WeightWatch([Slot("weight", weight, 0, "", is_bias=False, is_embedding=False)], {}, {})
@@ -184,17 +187,26 @@ class WeightWatch:
         indices: dict[tuple[int, torch.device], Tensor],
         segments: dict[tuple[torch.device, tuple[int, ...]], Tensor],
     ) -> None:
+        self.parameters: list[Tensor] = [slot.parameter for slot in parameters]
         self._samplers = [Sampler(slot, indices) for slot in parameters]
         self._segments = segments
-        self._before = _Joint([sampler.take() for sampler in self._samplers])
+        self._before = self._take(self.parameters)
         self.probe = WeightProbe(
             scale=tuple(sampler.scale for sampler in self._samplers),
             weights=norms([local(slot.parameter.detach()) for slot in parameters], exact=False),
             sampled=self._before.norms(segments),
         )
 
+    def _take(self, parameters: Sequence[Tensor]) -> _Joint:
+        return _Joint([sampler.take(p) for sampler, p in zip(self._samplers, parameters, strict=True)])
+
     @torch.no_grad()
-    def close(self) -> None:
-        """Measure what the step changed."""
-        after = _Joint([sampler.take() for sampler in self._samplers])
+    def close(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """Measure what the step changed.
+
+        Args:
+            parameters: The same parameters where the step has replaced them; None: those of before, which may have
+                been given other memory.
+        """
+        after = self._take(self.parameters if parameters is None else parameters)
         self.probe.updates = after.minus(self._before).norms(self._segments)
