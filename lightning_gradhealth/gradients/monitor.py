@@ -93,6 +93,7 @@ class GradientMonitor:
         self.rows: deque[Row] = deque(maxlen=CAPACITY)
         self._model = model
         self._numbers = Numbers()
+        self._described: dict[int, Any] = {}
         self._had_grad: set[int] = set()
         self._without_grad: dict[int, tuple[int, int]] = {}  # slot -> x value since when, steps for which
         self.changed = Changed()
@@ -177,6 +178,8 @@ class GradientMonitor:
         count = self._numbers.step(number)
         step = count if step is None else step
         self.updates.forget(number)
+        if number not in self._described:  # it may be gone when the step is read
+            self._described[number] = described(number, optimizer)
         scaled = grad_scaler is not None and grad_scaler.is_enabled()
         if self.changed.before_step(optimizer):
             self.changed_since.setdefault(number, step)
@@ -375,9 +378,9 @@ class GradientMonitor:
             windows[-1].append(row)
         full = [window for window in windows if window]
         # what is missing is known as of now: it belongs to the latest record only
-        groups = {number: described(number, optimizer) for number, optimizer in self._numbers.alive()}
+        self._described.update({number: described(number, optimizer) for number, optimizer in self._numbers.alive()})
         return [
-            make_record(self.layout, window, self._without_grad if window is full[-1] else {}, groups)
+            make_record(self.layout, window, self._without_grad if window is full[-1] else {}, self._described)
             for window in full
         ]
 

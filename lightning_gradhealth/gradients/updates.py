@@ -71,7 +71,6 @@ class Updates:
         """Before a step is observed: the step before it is over, if there was one."""
         self._settle(number)
         self._open.pop(number, None)
-        self._depth[number] = 0
 
     def watch(self, optimizer: Any, row: Row, sharding: Sharding | None, *, still_scaled: bool) -> None:
         """Look at the weights now, and at what the step did to them when it is done."""
@@ -118,10 +117,13 @@ class Updates:
     def _after_step(self, number: int, late: bool, optimizer: Any, *_: Any) -> None:
         """Close the probe of a step that has just been done; one more collective if it is sharded."""
         depth = self._depth[number] = max(0, self._depth.get(number, 0) - 1)
-        if depth or number not in self._open:  # a step may call that of a base class, or of what it wraps
+        done = self._open.get(number)
+        if done is None:
             return
-        done = self._open.pop(number)
         self._close(done, optimizer, self._shardings[number])
+        if depth:  # a step may call that of a base class, or of what it wraps: the outermost has the last word
+            return
+        del self._open[number]
         if late and self._shardings[number] is None:
             self._late[number] = done
 
