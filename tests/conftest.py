@@ -20,6 +20,11 @@ settings.register_profile("project", deadline=None, derandomize=True)  # the sam
 settings.load_profile("project")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many random models to try: the same 100 each time, unless more are asked for."""
+    parser.addoption("--random-models", type=int, default=None, help="try so many random models, others each time")
+
+
 @pytest.fixture(autouse=True)
 def quiet_and_repeatable() -> Iterator[None]:
     """One thread, a fixed seed, and none of Lightning's advice on small data."""
