@@ -50,13 +50,32 @@ def hides_gradients(trainer: pl.Trainer) -> bool:
 
 
 def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | float | None:
-    """A batch's share in the training loss: what `training_step` returned, else the metric logged under `key`."""
+    """A batch's share in the training loss: what `training_step` returned, else a metric.
+
+    Args:
+        trainer: The Trainer.
+        outputs: What `training_step` has returned.
+        key: The name of that metric; None: in manual optimization all that are called a loss, added up.
+    """
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if not isinstance(loss, (Tensor, float)):
-        loss = trainer.callback_metrics.get(key) if key is not None else None
+        loss = trainer.callback_metrics.get(key) if key is not None else _logged_losses(trainer)
     if isinstance(loss, Tensor) and loss.numel() != 1:  # by hand: one a sample
         return loss.detach().float().mean() if loss.numel() and not loss.is_complex() else None
     return loss  # divided by the batches that are accumulated already
+
+
+def _logged_losses(trainer: pl.Trainer) -> Tensor | None:
+    """In manual optimization the sum of the training losses that were given to `self.log`, by their names."""
+    if trainer.lightning_module.automatic_optimization:
+        return None
+    losses = [
+        value
+        for name, value in trainer.callback_metrics.items()
+        if "loss" in name.lower() and not name.lower().startswith(("val", "test")) and not name.endswith("_epoch")
+    ]
+    single = [value.detach() for value in losses if value.numel() == 1]
+    return sum(single[1:], single[0].clone()) if single else None
 
 
 def note_on_loss(outputs: Any) -> str:

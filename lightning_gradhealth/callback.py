@@ -65,7 +65,8 @@ class GradHealth(Callback):
         ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
         thresholds: The numbers that verdicts depend on, each with its reason.
         loss_key: Name of a metric logged at every step that is the training loss, for where `training_step`
-            returns none, as in manual optimization.
+            returns none, as in manual optimization; None: there the sum of all training losses, by their names,
+            that were given to `self.log`.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -15,7 +15,7 @@ _STEP = (
     *("numel", "grad_norm", "grad_norm_max", "norm_ratio", "non_finite", "bias_grad_rms", "learning_rate"),
     *("without_grad", "no_gradient_since", "steps_without_grad", "optimizer"),
 )
-_WEIGHTS = ("weight_norm", "grad_to_weight", "update_to_weight", "applied_norm")
+_WEIGHTS = ("weight_norm", "matrix_rms", "grad_to_weight", "update_to_weight", "applied_norm")
 _SIGNALS = ("forward_rms", "forward_mean", "backward_rms", "forward_gain", "backward_gain", "forward_histogram")
 _UNITS = ("activation", "units", "full_fraction", "dead_fraction", "saturated_fraction")
 

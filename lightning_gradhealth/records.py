@@ -111,6 +111,7 @@ class LayerStats(Record):
         non_finite: Steps since the previous record at which its gradient had a NaN or Inf.
         bias_grad_rms: RMS gradient of its biases: stands in for the backward signal at its output.
         weight_norm: L2 norm of its parameters (probed steps).
+        matrix_rms: Root mean square of those with two dimensions or more, its weights without biases (probed steps).
         grad_to_weight: `|g| / |w|` (probed steps).
         update_to_weight: `|dw| / |w|` of one optimizer step (probed steps, from a fixed sample).
         learning_rate: The largest rate of its parameter groups.
@@ -152,6 +153,7 @@ class LayerStats(Record):
     non_finite: int = 0
     bias_grad_rms: float | None = None
     weight_norm: float | None = None
+    matrix_rms: float | None = None
     grad_to_weight: float | None = None
     update_to_weight: float | None = None
     learning_rate: float | None = None
@@ -256,6 +258,8 @@ class StepStats(Record):
         acted: What the gate let through changed, or in a dry run would have changed, the gradients.
         would_clip: The coefficient of a dry run: what would have been done.
         applied_norm: L2 norm of what the optimizer was given, after all clipping, the Trainer's too (probed steps).
+        loss_scale: The factor of the loss by which the gradients were still multiplied when they were observed, before
+            the scaler's `unscale_`; None: by none. `total_norm` is without it.
         learning_rate: The largest rate of the optimizer's groups (None where it lives on the device).
 
     Example:
@@ -280,6 +284,7 @@ class StepStats(Record):
     would_clip: float | None = None
     applied_norm: float | None = None
     scaled: bool = False
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -325,3 +325,173 @@ def test_the_rules_know_what_they_say_in_every_state() -> None:
     assert {"NotInOptimizer", "CarriedOver", "SquashedOnce"} <= rules.keys()
     for rule in rules.values():
         rule.load_state_dict(rule.state_dict())
+
+
+# --- the calls of a cell as an axis of time --------------------------------------------------------------------
+
+
+class Cell(nn.Module):
+    """An LSTM's cell by hand, of raw parameters."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.read, self.back = nn.Parameter(std * torch.randn(64, 8)), nn.Parameter(std * torch.randn(64, 16))
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = state
+        i, f, g, o = (x @ self.read.t() + h @ self.back.t()).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class Composed(nn.Module):
+    """A plain cell made of two layers."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.read, self.back = nn.Linear(8, 16), nn.Linear(16, 16)
+        nn.init.normal_(self.back.weight, std=std)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h = functional.leaky_relu(self.read(x) + self.back(state[0]), 0.9)
+        return h, state[1]
+
+
+class Tied(nn.Module):
+    """One layer, again and again, as in nets with tied depth."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+        nn.init.normal_(self.layer.weight, std=std)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.layer(state[0] + functional.pad(x, (0, 8))), state[1]
+
+
+class Unrolled(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), 16), torch.zeros(len(x), 16)
+        for step in range(40):
+            state = self.cell(x.roll(step, 1), state)
+        return self.head(state[0])
+
+
+@pytest.mark.parametrize(("make", "std", "name"), [(Cell, 4.0, "cell"), (Composed, 0.5, "back"), (Tied, 0.5, "layer")])
+def test_gradients_that_explode_over_the_calls_of_a_cell_are_found(make: Any, std: float, name: str) -> None:
+    torch.manual_seed(0)
+    report = gh.diagnose(Unrolled(make(std)), (torch.randn(32, 8), torch.zeros(32, 1)), functional.mse_loss)
+    finding = found(report, "exploding_gradients")
+    assert any(name in layer for layer in finding.layers)
+    assert "time" in finding.summary
+
+
+@pytest.mark.parametrize(("make", "std"), [(Cell, 0.25), (Composed, 0.25), (Tied, 0.2)])
+def test_cells_of_a_sensible_size_are_healthy(make: Any, std: float) -> None:
+    torch.manual_seed(0)
+    report = gh.diagnose(Unrolled(make(std)), (torch.randn(32, 8), torch.zeros(32, 1)), functional.mse_loss)
+    assert not report.conditions
+
+
+def test_a_module_that_is_called_often_side_by_side_has_no_axis_of_time() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([100.0**number * self.layer(x) for number in range(10)]).sum(0)
+
+    assert not gh.diagnose(Siamese(), (torch.randn(32, 8), torch.zeros(32, 1)), functional.mse_loss).temporal
+
+
+# --- inputs, one layer, loss scale ------------------------------------------------------------------------------
+
+
+def diagnosed(net: nn.Module, x: Tensor) -> Any:
+    return gh.diagnose(net, (x, torch.zeros(len(x), 1)), functional.mse_loss)
+
+
+@pytest.mark.parametrize(("shift", "size"), [(12_000.0, 3_000.0), (0.0, 5_000.0), (-2e6, 1.0)])
+def test_inputs_that_nobody_has_scaled_are_found_with_the_figure(shift: float, size: float) -> None:
+    torch.manual_seed(0)
+    x = shift + size * torch.randn(64, 8)
+    finding = found(diagnosed(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), x), "exploding_activations")
+    assert finding.evidence["input_rms"] == pytest.approx(x.square().mean().sqrt().item(), rel=1e-3)
+    assert "normalise the inputs" in finding.remedy
+
+
+def tokens() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Embedding(50_000, 8), nn.Flatten(), nn.Linear(24, 1)), torch.randint(50_000, (64, 3))
+
+
+def normalised() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), 12_000 + torch.randn(64, 8)
+
+
+def pixels() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1)), 255 * torch.rand(64, 8)
+
+
+@pytest.mark.parametrize("make", [tokens, normalised, pixels])
+def test_indices_normalised_inputs_and_pixels_are_no_large_inputs(make: Any) -> None:
+    assert not diagnosed(*make()).conditions
+
+
+def deep(place: int | None, size: float, norm: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    parts: list[nn.Module] = []
+    for number in range(8):
+        layer = nn.Linear(8 if number == 0 else 32, 32)
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if number == place:
+            layer.weight.data.mul_(size)
+        parts += [layer, *([nn.LayerNorm(32)] if norm else []), nn.ReLU()]
+    return nn.Sequential(*parts, nn.Linear(32, 1))
+
+
+@pytest.mark.parametrize("place", [2, 4, 6])
+def test_one_layer_that_swallows_the_signal_is_named_and_the_code_mends_it(place: int) -> None:
+    model = deep(place, 1e-5)
+    finding = found(train(model, torch.optim.SGD(model.parameters(), lr=1e-3)), "vanishing_gradients")
+    assert finding.layers == (str(2 * place),)
+    assert finding.evidence["weight_rms"] == pytest.approx(0.25e-5, rel=0.2)
+    assert finding.evidence["neighbours_rms"] == pytest.approx(0.25, rel=0.2)
+    exec(finding.code, {"model": model})
+    assert not train(model, torch.optim.SGD(model.parameters(), lr=1e-3)).conditions
+
+
+@pytest.mark.parametrize(("place", "size", "norm"), [(None, 1.0, False), (4, 1e-5, True), (4, 0.1, False)])
+def test_a_norm_behind_it_or_a_moderate_size_is_no_swallowing(place: int | None, size: float, norm: bool) -> None:
+    model = deep(place, size, norm)
+    assert not train(model, torch.optim.SGD(model.parameters(), lr=1e-3)).conditions
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_clipping_before_unscale_is_said_so(right: bool) -> None:
+    torch.manual_seed(0)
+    net = tanh_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    session = HealthSession(net, probe_every_n_steps=10, announce=lambda line: None)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = square(net, torch.randn(16, 8))
+        scaler.scale(loss).backward()
+        if right:
+            scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        session.apply(session.observe(optimizer, loss, grad_scaler=scaler))
+        scaler.step(optimizer)
+        scaler.update()
+    session.flush()
+    finding = found(session.report(), "stalled_layers")
+    if right:
+        assert finding is None
+    else:
+        assert "loss scale 65536" in finding.summary
+        assert "unscale_" in finding.remedy

@@ -110,6 +110,7 @@ def _step(row: HostRow) -> StepStats:
         acted=_flag(flags["acted"]),
         would_clip=flags["would"],
         applied_norm=row.applied_norm,
+        loss_scale=row.scale,
     )
 
 
@@ -207,6 +208,10 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
         bias_rms = np.sqrt(table.by_layer(np.where(signal, table.value, 0.0) ** 2) / bias_numel)
         applied = np.sqrt(table.by_layer(np.where(table.present, table.applied, 0.0) ** 2))
         weights, samples, updates, gradients = (np.sqrt(table.by_layer(row)) for row in table.squares)
+    matrices = np.array([slot.parameter.ndim > 1 for slot in layout.slots], dtype=bool) & table.probed
+    matrix_numel = table.by_layer(table.numel * matrices)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        matrix_rms = np.sqrt(table.by_layer(table.squares[0] * matrices) / matrix_numel)
     root = _components(table)
     owners = {layer: root[int(table.owner[s])] for s, layer in enumerate(table.layer_of) if table.owner[s] >= 0}
     ratios: dict[int, float | None] = {}
@@ -229,6 +234,7 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
             non_finite=int(table.bad[layer]),
             bias_grad_rms=float(bias_rms[layer]) if bias_numel[layer] else None,
             weight_norm=weight if table.probed[slots].any() else None,
+            matrix_rms=float(matrix_rms[layer]) if matrix_numel[layer] else None,
             grad_to_weight=float(gradients[layer]) / weight if weight else None,
             update_to_weight=update / sample if sample and not math.isnan(update) else None,
             learning_rate=_largest(table.rate[slots]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,8 +189,10 @@ class GradientMonitor:
             grad_scaler.unscale_(known_to(grad_scaler, given))
             pending = False
         vector = self._measure(number, pattern, tensors, exact=exact)
+        scale = None
         if grad_scaler is not None and pending:
             vector = unscaled(vector, grad_scaler)
+            scale = cast(Tensor, grad_scaler._scale).clone()
         rates = tuple(rate(group) for group in optimizer.param_groups)
         row = Row(step, number, pattern, rates, vector, scaled)
         decision = Decision(optimizer, self._gradients(number, pattern, tensors, vector), row)
@@ -201,6 +203,7 @@ class GradientMonitor:
             if scaled:  # the scaler skips the step if one is not finite
                 row.cut = without_effect(row.cut, ~decision.total_norm.isfinite())
         carried = self._carried.pop(number, None)
+        row.scale = scale
         row.carried = carried if self._saw_backward else None
         self._saw_backward = False
         self.rows.append(row)

@@ -60,6 +60,7 @@ class Row:
         unstepped_norms: Their norms.
         squashed: See `SquashedLogits`, as a dict; empty: nothing is.
         carried: Norm of what was left in the gradients before the backward pass; None: not measured.
+        scale: The loss scale, shape (), where the gradients were still multiplied by it.
     """
 
     step: int
@@ -79,10 +80,20 @@ class Row:
     unstepped_norms: Tensor | None = None
     squashed: dict[str, Any] = field(default_factory=dict)
     carried: Tensor | float | None = None
+    scale: Tensor | None = None
 
     def vectors(self) -> list[Tensor]:
         """The device vectors to read, in the order in which `on_host` takes them back."""
-        singles = (self.norms, self.loss, self.cut, self.skip, self.applied, self.unstepped_norms, self.carried)
+        singles = (
+            self.norms,
+            self.loss,
+            self.cut,
+            self.skip,
+            self.applied,
+            self.unstepped_norms,
+            self.carried,
+            self.scale,
+        )
         vectors = [v for v in singles if isinstance(v, Tensor)]
         return vectors + (self.probe.vectors() if self.probe else [])
 
@@ -97,9 +108,9 @@ class Row:
 
         norms = np.asarray(next(values), dtype=np.float64)
         loss, cut, skip, applied = number(self.loss), read(self.cut), number(self.skip), read(self.applied)
-        unstepped, carried = read(self.unstepped_norms), number(self.carried)
+        unstepped, carried, scale = read(self.unstepped_norms), number(self.carried), number(self.scale)
         probe = [np.asarray(next(values)) for _ in self.probe.vectors()] if self.probe else []
-        return HostRow(self, norms, loss, cut, bool(skip), applied, unstepped, carried, *probe)
+        return HostRow(self, norms, loss, cut, bool(skip), applied, unstepped, carried, scale, *probe)
 
 
 @dataclass
@@ -114,6 +125,7 @@ class HostRow:
     applied: Floats | None = None
     unstepped: Floats | None = None
     carried: float | None = None
+    scale: float | None = None
     weights: Floats | None = None
     sampled: Floats | None = None
     updates: Floats | None = None

@@ -13,8 +13,9 @@ from lightning_gradhealth.rules.gradients import (
 from lightning_gradhealth.rules.logits import SquashedOnce
 from lightning_gradhealth.rules.loss import LossSpike, StalledLoss
 from lightning_gradhealth.rules.non_finite import NonFinite
-from lightning_gradhealth.rules.optimizer import CarriedOver, NotInOptimizer
+from lightning_gradhealth.rules.optimizer import CarriedOver, ClippedScaled, NotInOptimizer
 from lightning_gradhealth.rules.signals import DeadUnits, ExplodingThroughTime, SaturatedUnits, VanishingThroughTime
+from lightning_gradhealth.rules.swallowed import SwallowedSignal
 from lightning_gradhealth.rules.training import (
     CollapsingWeights,
     GrowingWeights,
@@ -36,6 +37,7 @@ def default_rules(thresholds: Thresholds) -> list[Rule]:
     return [
         SquashedOnce(thresholds),
         CarriedOver(thresholds),
+        ClippedScaled(thresholds),
         OversizedUpdates(thresholds),
         DeadUnits(thresholds),
         SaturatedUnits(thresholds),
@@ -43,6 +45,7 @@ def default_rules(thresholds: Thresholds) -> list[Rule]:
         ActivationDepth(False, thresholds),
         DepthRule(True, thresholds),
         DepthRule(False, thresholds),
+        SwallowedSignal(thresholds),
         VanishingThroughTime(thresholds),
         ExplodingThroughTime(thresholds),
         ExplodingInTime(thresholds),

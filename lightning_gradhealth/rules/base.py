@@ -62,6 +62,13 @@ class Thresholds:
         no_gradient_steps: Steps without any gradient before a parameter is reported.
         carried_over: Share, in norm, of what an earlier step has left in `.grad` in the gradient of a step: less than
             this does not steer it. Where nobody clears gradients it is near 1, where somebody does 0.
+        same_norm: Relative spread of the norms of `growth_window` steps, the loss scale included, up to which they are
+            one and the same: what clipping sets, to the rounding of float32. Gradients spread by percents at least.
+        input_rms: Root mean square of the inputs, from which on the first layer's gradient is so much larger than that
+            of all others that no rate fits both; pixels from 0 to 255 are below it ...
+        input_kept: ... and the share of it that the first layer passes on where nothing normalises it.
+        swallowed_weights: Size of the weights of a layer beside that of its neighbours, below which it is they that
+            swallow the signal; layers of other shapes differ by the square root of their widths.
         clipped_window: Steps of which adaptive clipping has to clip half before the run is said to live on it.
         spike_sigmas: Robust standard deviations above the median loss. Measured: healthy <= 6.7.
         spike_log_sigmas: The same on a logarithmic scale, on which the losses of single batches spread near
@@ -107,6 +114,10 @@ class Thresholds:
     skipped_in_a_row: int = 25
     no_gradient_steps: int = 20
     carried_over: float = 0.01
+    same_norm: float = 1e-3
+    input_rms: float = 1e3
+    input_kept: float = 0.01
+    swallowed_weights: float = 0.01
     clipped_window: int = 100
     spike_sigmas: float = 10.0
     spike_log_sigmas: float = 5.0

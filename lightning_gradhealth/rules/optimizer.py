@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_gradhealth.records import Condition, Severity, StepRecord, Unstepped
-from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, keep_last
 
 _ADD = (
     'known = {id(p) for g in optimizer.param_groups for p in g["params"]}; optimizer.add_param_group('
@@ -125,4 +125,41 @@ class CarriedOver(Rule):
             remedy="optimizer.zero_grad() before the backward pass of every step; it seems to be missing",
             evidence={"carried_over": record.carried},
             code="optimizer.zero_grad()",
+        )
+
+
+class ClippedScaled(Rule):
+    """Gradients are clipped while they are still multiplied by the loss scale: next to nothing of them is left.
+
+    Their norm, the scale included, is the same at every step then, to the rounding; no gradient is like that.
+    """
+
+    condition = Condition.STALLED_LAYERS
+
+    def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
+        """Look at the norms of the last steps that were observed before `unscale_`."""
+        norms: list[float] = self.memory.setdefault("norms", [])
+        if not any(step.loss_scale for step in record.window):
+            return NOT_MEASURED
+        for step in record.window:
+            if step.loss_scale and step.total_norm is not None:
+                keep_last(norms, step.total_norm * step.loss_scale, self.thresholds.growth_window)
+                self.memory["scale"] = step.loss_scale
+        if len(norms) < self.thresholds.growth_window:
+            return NOT_MEASURED
+        least, greatest, scale = min(norms), max(norms), self.memory["scale"]
+        if least <= 0.0 or greatest / least - 1.0 > self.thresholds.same_norm:
+            return None
+        return Verdict(
+            severity=Severity.WARNING,
+            summary=(
+                f"gradients are clipped to {greatest:.3g} while still multiplied by the loss scale {scale:.6g}: what"
+                f" is left of them is {greatest / scale:.1e} at every step, and no layer moves as it should"
+            ),
+            remedy=(
+                "scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_(...), or clip= of the session, which"
+                " unscales first"
+            ),
+            layers=tuple(layer.name for layer in record.layers if layer.optimizer is not None),
+            evidence={"norm_with_scale": greatest, "loss_scale": scale, "norm": greatest / scale},
         )

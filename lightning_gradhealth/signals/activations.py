@@ -19,10 +19,10 @@ from lightning_gradhealth import sharding
 from lightning_gradhealth.layers import is_compiled, unwrap
 from lightning_gradhealth.messages import reason_of
 from lightning_gradhealth.signals.ending import Ending
-from lightning_gradhealth.signals.hooks import Hook, callable_roots, detached, first_floating, plain, written_to
+from lightning_gradhealth.signals.hooks import Beside, Hook, callable_roots, detached, first_floating, plain, written_to
 from lightning_gradhealth.signals.kinds import kind_of_node
 from lightning_gradhealth.signals.modules import watched_modules
-from lightning_gradhealth.signals.places import CALLS, Step, Watched
+from lightning_gradhealth.signals.places import CALLS, NORMS, Step, Watched
 from lightning_gradhealth.signals.ranks import in_order, nothing, united
 from lightning_gradhealth.signals.reading import INPUT, Reading, Spec
 from lightning_gradhealth.signals.recurrent import flow_norms, outer_flow
@@ -373,10 +373,9 @@ class SignalProbe:
         if tensor is None:
             return
         name, kind = watched.name, watched.kind
-        if isinstance(module, (nn.RNNCell, nn.GRUCell)):  # an LSTM's h says nothing of what c carries
-            self._step.unrolled.setdefault(name, {})
         if watched.measured:
             self._measure(name, name, module, tensor)
+            self._follow(name, module, output, tensor)
         elif kind is None and tensor.numel():  # known kinds make no NaN of what is finite
             self._step.sums.flag(name, norm_of(plain(tensor)))  # a sum may overflow
         if isinstance(module, nn.RNN) and name not in self._step.flows and not isinstance(output[0], PackedSequence):
@@ -414,6 +413,14 @@ class SignalProbe:
                 step.place(name, owner, module, values, known)
             return
         place = step.latest = step.place(name, owner, module, values)
+        turn = self._turn(module, calls)
+        if (
+            name == owner
+            and turn in (2, SHORTEST)
+            and not isinstance(module, NORMS)
+            and step.paths.leads_back(tensor.grad_fn, place.number)
+        ):
+            step.repeated.add(name)
         norm = step.sums.forward(place.number, values)
         if name == owner:
             step.sums.flag(name, norm)
@@ -422,8 +429,18 @@ class SignalProbe:
         if tensor.requires_grad and tensor.grad_fn is not None:
             step.paths.mark(tensor.grad_fn, place.number, size=tensor.numel(), hidden=calls > 1)
             step.returns.began = self.before_backward
-            leaves, turn = step.paths.leaves(tensor.grad_fn), self._turn(module, calls)
-            step.returns.expect(tensor, place.number, leaves, step.unrolled.get(name), turn)
+            leaves = step.paths.leaves(tensor.grad_fn)
+            step.returns.expect(tensor, place.number, leaves, step.unrolled.setdefault(name, {}), turn)
+
+    def _follow(self, name: str, module: nn.Module, output: Any, first: Tensor) -> None:
+        """Measure what comes back to the other states that a cell gives: an LSTM's h says nothing of what c carries."""
+        if isinstance(output, Tensor) or isinstance(module, nn.RNNBase):
+            return
+        turn = self._turn(module, self._step.calls.get(name, 0))
+        for other in [tensor for tensor in tensors(output) if tensor is not first and tensor.is_floating_point()][:3]:
+            if turn <= CALLS and other.requires_grad and other.grad_fn is not None:
+                hook = Beside(self._step.beside.setdefault(name, {}), turn)
+                written_to(other).register_hook(hook)  # type: ignore[no-untyped-call]
 
     def _turn(self, module: nn.Module, calls: int) -> int:
         """Which call of a module it is: within the pass, or, where a loop calls the module itself, among these."""

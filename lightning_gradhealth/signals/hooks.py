@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from lightning_gradhealth import sharding
+from lightning_gradhealth.signals.sums import norm_of
 from lightning_gradhealth.trees import tensors
 
 
@@ -41,6 +42,26 @@ class Hook:
             self._call(*args)
         except Exception as error:
             self._failed(error)
+
+
+class Beside:
+    """The hook of a tensor that a module gives beside its first: keeps the norm of its gradient under the call.
+
+    Args:
+        norms: Where to keep it.
+        call: The number of the call.
+    """
+
+    def __init__(self, norms: dict[int, Tensor], call: int) -> None:
+        self._norms = norms
+        self._call = call
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Add it."""
+        if not torch.is_grad_enabled():
+            norm = norm_of(plain(gradient))
+            known = self._norms.get(self._call)
+            self._norms[self._call] = norm if known is None else torch.hypot(known, norm)
 
 
 def first_floating(value: Any) -> Tensor | None:

@@ -5,6 +5,7 @@ Nothing is traced or run twice: functional activations, merges and the order of 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Container, Iterable, Iterator
 
 from torch import Tensor
@@ -20,6 +21,7 @@ _PASSING = {
     *("ToCopy", "NativeDropout", "Alias", "Relu", "Gelu", "Silu", "LeakyRelu", "Elu", "Mish", "Hardswish"),
     "RegisterPostBackwardFunction",  # FSDP2 sends the inputs of its modules through this
 }
+NEAR = 1_000  # nodes between two calls of a cell that are looked through
 _SUMS = {"Add", "Sub"}
 PRODUCTS = {"Mul"}
 MATRIX_PRODUCTS = {"Bmm", "Mm", "Baddbmm"}
@@ -182,6 +184,19 @@ class Paths:
         return found
 
     # --- what is asked ---
+
+    def leads_back(self, node: Node | None, point: int) -> bool:
+        """Whether what a node gives comes from a point not far before it."""
+        open_, seen = deque([] if node is None else [node]), set[Node]()
+        while open_ and len(seen) < NEAR:
+            for before, _ in open_.popleft().next_functions:
+                if before is None or before in seen:
+                    continue
+                if self.points.get(before) == point:
+                    return True
+                seen.add(before)
+                open_.append(before)
+        return False
 
     def point_before(self, node: Node) -> int | None:
         """The nearest point from which the first of the signals in a node comes; its own, if it is one."""

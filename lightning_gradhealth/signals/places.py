@@ -86,7 +86,10 @@ class Step:
         passes: Forward passes, by the module that was called.
         activations: The activations that were met.
         flows: The gradient through time of recurrent modules.
-        unrolled: Norms of the gradients of what recurrent cells give, by cell and by call.
+        unrolled: Norms of the gradients of what modules give, by module and by call.
+        beside: The same of what they give besides, as the second state of an LSTM.
+        repeated: Modules each of whose calls is fed by the last, as a recurrent cell, or a layer that a net uses again
+            and again: their calls are an axis of time.
         given: What recurrent modules were given, where more of that is to be measured.
         ending: What the graphs of the losses show.
         outputs: What the modules have given that a loop has called.
@@ -103,6 +106,8 @@ class Step:
         self.latest: Place | None = None
         self.flows: dict[str, dict[str, Tensor]] = {}
         self.unrolled: dict[str, dict[int, Tensor]] = {}
+        self.beside: dict[str, dict[int, Tensor]] = {}
+        self.repeated: set[str] = set()
         self.given: dict[str, tuple[nn.RNNBase, Any, Any]] = {}
         self.activations: dict[str, Activation] = {}
         self.ending = Ending()
@@ -121,11 +126,15 @@ class Step:
         return not self.sums.returned and (self.returns.awaited > 0 or not self.places)
 
     def calls_back(self, shortest: int) -> dict[str, dict[str, Tensor]]:
-        """The gradient on its way back over the calls of each recurrent cell that was called so often in one pass."""
+        """The gradient on its way back over the calls of each module that was called so often, each fed by the last."""
         found = {}
         for name, norms in self.unrolled.items():
-            if len(norms) >= shortest:
-                found[name] = {"calls": torch.stack([norms[call] for call in sorted(norms)])}
+            if name in self.repeated and len(norms) >= shortest:
+                calls = sorted(norms)
+                whole = torch.stack([norms[call] for call in calls])
+                others = self.beside.get(name, {})
+                rest = [others.get(call, norms[call].new_zeros(())) for call in calls]
+                found[name] = {"calls": torch.hypot(whole, torch.stack(rest).to(whole))}
         return found
 
     def parts(self, spec: Spec, scale: Tensor | None, windows: Mapping[str, UnitWindow]) -> list[Tensor]:

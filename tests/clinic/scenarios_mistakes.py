@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from clinic import Built, must, scenario
-from nets import Task, adam, classes, classifier, sgd, stack
+from nets import CHAIN, HE, Task, adam, classes, classifier, scaled, sgd, stack
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -152,6 +152,31 @@ class ByHand(Task):
 @scenario("accumulation by hand, gradients set to zero", 80, falls=0.1)
 def accumulated() -> Built:
     return ByHand(stack(3), functional.cross_entropy, adam(3e-3), to_none=False), classes(320, batch=16)
+
+
+# --- one layer alone -----------------------------------------------------------------------------------------
+
+
+def _eight(size: float) -> nn.Module:
+    net = scaled(stack(8, width=48), HE)
+    net[8].weight.data.mul_(size)
+    return net
+
+
+@scenario(
+    "weights of one layer in the middle 1e-5 of the others'",
+    80,
+    chain=CHAIN,
+    must=(must("vanishing_gradients", layers=r"net\.8", by=40),),
+    allow=("stalled_loss", "stalled_layers", "vanishing_activations", "dead_units"),
+)
+def swallowed() -> Built:
+    return classifier(_eight(1e-5), sgd(1e-3)), classes(80)
+
+
+@scenario("weights of one layer in the middle a fifth of the others'", 150, chain=CHAIN)
+def weakened() -> Built:
+    return classifier(_eight(0.2), adam(2e-3)), classes(150)
 
 
 # --- probabilities for logits --------------------------------------------------------------------------------
