@@ -5,7 +5,8 @@ from __future__ import annotations
 from lightning_gradhealth.flows import SignalChain
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, Severity, StepRecord
-from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, follow_loss, followed_losses
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict
+from lightning_gradhealth.rules.course import follow_loss, has_learned
 
 
 class SwallowedSignal(Rule):
@@ -33,10 +34,8 @@ class SwallowedSignal(Rule):
         if not hit:
             return None
         name, (hop, size, usual) = min(hit.items(), key=lambda item: item[1][0])
-        early, late = followed_losses(self)
-        has_learned = bool(late) and median(late) < 0.5 * median(early)
         return Verdict(
-            severity=Severity.INFO if has_learned else Severity.WARNING,
+            severity=Severity.INFO if has_learned(self) else Severity.WARNING,
             summary=(
                 f"{name} alone swallows the signal: of the gradient at its output {hop:.1e} is left before it;"
                 f" its weights are of size {size:.1e} (root mean square), those of the layers around it {usual:.1e}"
