@@ -46,7 +46,7 @@ class SwallowedSignal(Rule):
             ),
             layers=tuple(hit),
             evidence={"backward_hop": hop, "weight_rms": size, "neighbours_rms": usual},
-            code=f'weight = model.get_parameter("{name}.weight"); weight.data.mul_({usual:.6g} / {size:.6g})',
+            code=f'weight = model.get_parameter("{name}.weight"); weight.data.mul_({usual:.6g} / weight.data.square().mean().sqrt())',
         )
 
     def _hops(self, chain: SignalChain, sizes: dict[str, float]) -> list[tuple[str, tuple[float, float, float]]]:
