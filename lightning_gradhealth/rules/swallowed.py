@@ -46,7 +46,10 @@ class SwallowedSignal(Rule):
             ),
             layers=tuple(hit),
             evidence={"backward_hop": hop, "weight_rms": size, "neighbours_rms": usual},
-            code=f'weight = model.get_parameter("{name}.weight"); weight.data.mul_({usual:.6g} / weight.data.square().mean().sqrt())',
+            code=(
+                f'weight = model.get_parameter("{name}.weight").data;'
+                f" weight.mul_({usual:.6g} / weight.square().mean().sqrt())"
+            ),
         )
 
     def _hops(self, chain: SignalChain, sizes: dict[str, float]) -> list[tuple[str, tuple[float, float, float]]]:
