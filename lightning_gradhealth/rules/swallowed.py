@@ -13,7 +13,7 @@ class SwallowedSignal(Rule):
     """One layer in the middle of the main chain lets next to nothing of the gradient through: its weights are tiny.
 
     The whole fall is one hop, so that it is no matter of depth. Weights that were zero and the last layer are left
-    alone; a norm behind the layer makes up for any size
+    alone; what is so small and not zero is no matter of chance, so that one probe is enough. A norm behind the layer makes up for any size
     of its weights, in both directions.
     """
 
@@ -26,7 +26,6 @@ class SwallowedSignal(Rule):
         sizes = {layer.name: layer.matrix_rms for layer in record.layers if layer.matrix_rms is not None}
         if not sizes or not record.chains:
             return NOT_MEASURED
-        self.patience = self.thresholds.depth_probes
         born = self.memory.setdefault("zero", [])  # they leave zero as they learn, at a pace of their own
         born += [name for name, size in sizes.items() if size == 0.0 and name not in born]
         hops = (hop for chain in record.chains for hop in self._hops(chain, sizes))
