@@ -13,8 +13,8 @@ class SwallowedSignal(Rule):
     """One layer in the middle of the main chain lets next to nothing of the gradient through: its weights are tiny.
 
     The whole fall is one hop, so that it is no matter of depth. Weights that were zero and the last layer are left
-    alone; what is so small and not zero is no matter of chance, so that one probe is enough. A norm behind the layer makes up for any size
-    of its weights, in both directions.
+    alone; what is so small and not zero is no matter of chance, so that one probe is enough. A norm
+    behind the layer makes up for any size of its weights, in both directions.
     """
 
     condition = Condition.VANISHING_GRADIENTS
