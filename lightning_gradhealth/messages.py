@@ -6,7 +6,9 @@ Whatever a logging handler, a progress bar or an exception's own `str` does, tra
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
+import re
 import unicodedata
 from collections.abc import Callable
 
@@ -27,10 +29,7 @@ def printable(text: object, limit: int | None = None) -> str:
         >>> print(printable("a\nb\x1b[31m"), printable("m" * 300, 9))
         a\nb\x1b[31m mmmm…mmmm
     """
-    try:
-        raw = str(text)
-    except Exception as error:
-        raw = f"<{type(text).__name__} without text: {type(error).__name__}>"
+    raw = _text(text)
     line = "".join(c if c == " " or unicodedata.category(c)[0] not in "CZ" else _escaped(c) for c in raw)
     if limit is None or len(line) <= limit:
         return line
@@ -38,8 +37,27 @@ def printable(text: object, limit: int | None = None) -> str:
     return f"{line[: limit - 1 - half]}…{line[len(line) - half :]}"
 
 
+def _text(text: object) -> str:
+    try:
+        return str(text)
+    except Exception as error:
+        return f"<{type(text).__name__} without text: {type(error).__name__}>"
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii") if ord(character) != 0xA0 else " "
+
+
+def as_markdown(text: object) -> str:
+    r"""Markdown that shows a text as it is in one line, also in a cell of a table, whatever it is.
+
+    Example:
+        >>> print(as_markdown("a|b <i> [l](http://x)"))
+        a\|b &lt;i&gt; \[l\](http://x)
+    """
+    line = html.escape(printable(" ".join(_text(text).split(" "))), quote=False)
+    # an underscore within a word emphasises nothing
+    return re.sub(r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", line)
 
 
 def reason_of(error: BaseException) -> str:

@@ -73,6 +73,7 @@ class Severity(str, Enum):
         return list(Severity).index(self)
 
 
+_NAME = 200  # characters of a name that is shown
 _SAVED = 'e.g. "health.md"; the suffix decides the format'
 
 
@@ -493,16 +494,16 @@ class Finding(Record):
         if self.last_step > self.first_step:
             since = f"since step {self.first_step}"
         where = f" in {self.where}" if self.layers else ""
-        return f"{self.severity}: {self.condition}{where} {since}: {self.summary}. Remedy: {self.remedy}"
+        text = f"{self.severity}: {self.condition}{where} {since}: {self.summary}. Remedy: {self.remedy}"
+        return printable(text)
 
     @property
     def where(self) -> str:
-        """The layers in a few words."""
+        """The layers in a few words, fit for a terminal: control characters are escaped, long names cut."""
         if not self.layers:
             return "the whole network"
-        if len(self.layers) <= 3:
-            return ", ".join(self.layers)
-        return f"{self.layers[0]} … {self.layers[-1]} ({len(self.layers)} layers)"
+        shown = [printable(name, _NAME) for name in self.layers]
+        return ", ".join(shown) if len(shown) <= 3 else f"{shown[0]} … {shown[-1]} ({len(shown)} layers)"
 
 
 @dataclass(frozen=True, repr=False)
@@ -561,7 +562,7 @@ class HealthReport(Record):
         return found or ("not watched to the end" if self.steps else "nothing was watched")
 
     def __repr__(self) -> str:
-        return f"HealthReport({self.verdict}; {len(self.layers)} layers, {self.steps} steps)"
+        return f"HealthReport({printable(self.verdict)}; {len(self.layers)} layers, {self.steps} steps)"
 
     def __rich__(self) -> RenderableType:
         from lightning_gradhealth.report import render_health

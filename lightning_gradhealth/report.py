@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_gradhealth.history import sparkline
+from lightning_gradhealth.messages import as_markdown, printable
 from lightning_gradhealth.records import (
     DepthPoint,
     Finding,
@@ -24,6 +26,11 @@ from lightning_gradhealth.records import (
 )
 
 _COLOURS = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.CRITICAL: "red"}
+
+
+def _line(text: str, style: str = "") -> Text:
+    """A line of a terminal, without control characters of others."""
+    return Text(printable(text), style=style)
 
 
 def _figure(value: float | None) -> str:
@@ -75,9 +82,13 @@ def _columns(report: HealthReport) -> list[tuple[str, Callable[[LayerStats], flo
     return [*_COLUMNS, *(column for column in _SIGNALS if any(column[1](la) is not None for la in report.layers))]
 
 
+def _figures(report: HealthReport, layer: LayerStats) -> list[str]:
+    return [_figure(read(layer)) for _, read in _columns(report)]
+
+
 def _rows(report: HealthReport) -> list[tuple[str, ...]]:
     return [
-        (layer.name, *(_figure(read(layer)) for _, read in _columns(report)), layer_state(layer, report.findings)[0])
+        (printable(layer.name), *_figures(report, layer), printable(layer_state(layer, report.findings)[0]))
         for layer in report.layers
     ]
 
@@ -100,7 +111,7 @@ def render_health(report: HealthReport) -> RenderableType:
     """
     worst = max((f.severity for f in report.findings), key=lambda s: s.rank, default=Severity.INFO)
     colour = "green" if report.healthy else _COLOURS[worst]
-    parts: list[RenderableType] = [Text(_headline(report), style=f"bold {colour}")]
+    parts: list[RenderableType] = [_line(_headline(report), style=f"bold {colour}")]
     if report.layers:
         table = Table(box=None, header_style="bold", pad_edge=False)
         table.add_column("layer", overflow="fold")
@@ -117,9 +128,9 @@ def render_health(report: HealthReport) -> RenderableType:
     for finding in report.findings:
         parts.append(_render_finding(finding))
     if report.aside:
-        parts.append(Text(f"GradHealth stepped aside: {report.aside}", style="yellow"))
-    parts += [Text(f"not watched: {what}", style="yellow") for what in report.unwatched]
-    parts += [Text(f"note: {note}", style="dim") for note in report.notes]
+        parts.append(_line(f"GradHealth stepped aside: {report.aside}", style="yellow"))
+    parts += [_line(f"not watched: {what}", style="yellow") for what in report.unwatched]
+    parts += [_line(f"note: {note}", style="dim") for note in report.notes]
     return Panel(Group(*parts), title="GradHealth", border_style=colour, title_align="left")
 
 
@@ -133,13 +144,13 @@ def _render_finding(finding: Finding, *, with_step: bool = True) -> RenderableTy
     since = f", step {finding.first_step}"
     if finding.last_step > finding.first_step:
         since = f", steps {finding.first_step} to {finding.last_step}"
-    head = Text(f"{finding.severity}: {finding.condition}", style=f"bold {colour}")
+    head = _line(f"{finding.severity}: {finding.condition}", style=f"bold {colour}")
     head.append(f" in {finding.where}{since if with_step else ''}", style="default")
-    lines = [head, Text(f"  {finding.summary}")]
+    lines = [head, _line(f"  {finding.summary}")]
     if evidence := _evidence(finding):
-        lines.append(Text(f"  evidence: {evidence}", style="dim"))
-    lines.append(Text(f"  remedy: {finding.remedy}"))
-    lines += [Text(f"    {line}", style="bold") for line in finding.code.splitlines()]
+        lines.append(_line(f"  evidence: {evidence}", style="dim"))
+    lines.append(_line(f"  remedy: {finding.remedy}"))
+    lines += [_line(f"    {line}", style="bold") for line in finding.code.splitlines()]
     return Group(*lines)
 
 
@@ -150,23 +161,25 @@ def markdown(report: HealthReport) -> str:
         >>> markdown(HealthReport()).splitlines()[0]
         '# Health: nothing was watched after 0 optimizer steps'
     """
-    lines = [f"# Health: {_headline(report)}", ""]
+    lines = [f"# Health: {as_markdown(_headline(report))}", ""]
     for finding in report.findings:
-        lines += [f"- **{finding.severity}: {finding.condition}** — {finding}"]
+        lines += [f"- **{finding.severity}: {as_markdown(finding.condition)}** — {as_markdown(finding)}"]
         if evidence := _evidence(finding):
-            lines += [f"  Evidence: {evidence}."]
+            lines += [f"  Evidence: {as_markdown(evidence)}."]
         if finding.code:
-            lines += ["", "  ```python", *(f"  {line}" for line in finding.code.splitlines()), "  ```"]
+            code = [printable(line) for line in finding.code.splitlines()]
+            fence = "`" * max(3, 1 + max((len(run) for line in code for run in re.findall("`+", line)), default=0))
+            lines += ["", f"  {fence}python", *(f"  {line}" for line in code), f"  {fence}"]
     if report.findings:
         lines.append("")
     if report.layers:
         titles = ("layer", *(title for title, _ in _columns(report)), "state")
         lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _rows(report)]
+        lines += [f"| {' | '.join(map(as_markdown, row))} |" for row in _rows(report)]
         lines.append("")
-    lines += [f"GradHealth stepped aside: {report.aside}"] if report.aside else []
-    lines += [f"Not watched: {what}" for what in report.unwatched]
-    lines += [f"Note: {note}" for note in report.notes]
+    lines += [f"GradHealth stepped aside: {as_markdown(report.aside)}"] if report.aside else []
+    lines += [f"Not watched: {as_markdown(what)}" for what in report.unwatched]
+    lines += [f"Note: {as_markdown(note)}" for note in report.notes]
     return "\n".join(lines)
 
 
@@ -230,7 +243,7 @@ _FLOW_COLUMNS: tuple[tuple[str, Callable[[LayerStats], str]], ...] = (
 
 
 def _flow_rows(report: FlowReport) -> list[tuple[str, ...]]:
-    return [(layer.name, *(read(layer) for _, read in _FLOW_COLUMNS)) for layer in report.layers]
+    return [(printable(layer.name), *(read(layer) for _, read in _FLOW_COLUMNS)) for layer in report.layers]
 
 
 def _flow_headline(report: FlowReport) -> str:
@@ -273,10 +286,10 @@ def render_flow(report: FlowReport) -> RenderableType:
             style = "dim" if layer.frozen else (_COLOURS[hit[layer.name]] if layer.name in hit else "")
             table.add_row(*(Text(cell, style=style) for cell in row))
         parts.append(table)
-    parts += [Text(line) for line in _through_time(report)]
+    parts += [_line(line) for line in _through_time(report)]
     parts += [_render_finding(finding, with_step=False) for finding in report.findings]
-    parts += [Text(f"remedy: {remedy}") for remedy in _other_remedies(report)]
-    parts += [Text(f"note: {note}", style="dim") for note in report.notes]
+    parts += [_line(f"remedy: {remedy}") for remedy in _other_remedies(report)]
+    parts += [_line(f"note: {note}", style="dim") for note in report.notes]
     return Panel(Group(*parts), title="GradHealth", border_style=colour, title_align="left")
 
 
@@ -287,20 +300,22 @@ def flow_markdown(report: FlowReport) -> str:
         >>> flow_markdown(FlowReport(notes=("no loss",))).splitlines()[-1]
         'Note: no loss'
     """
-    lines = [f"# Preflight: {_flow_headline(report)}", ""]
+    lines = [f"# Preflight: {as_markdown(_flow_headline(report))}", ""]
     lines += [
-        f"- **{f.severity}: {f.condition}** in {f.where}: {f.summary}. Remedy: {f.remedy}" for f in report.findings
+        f"- **{f.severity}: {as_markdown(f.condition)}** in"
+        f" {as_markdown(f'{f.where}: {f.summary}. Remedy: {f.remedy}')}"
+        for f in report.findings
     ]
-    lines += [f"- Remedy: {remedy}" for remedy in _other_remedies(report)]
+    lines += [f"- Remedy: {as_markdown(remedy)}" for remedy in _other_remedies(report)]
     if report.findings or report.remedies:
         lines.append("")
     if report.layers:
         titles = ("layer", *(title for title, _ in _FLOW_COLUMNS))
         lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in _flow_rows(report)]
+        lines += [f"| {' | '.join(map(as_markdown, row))} |" for row in _flow_rows(report)]
         lines.append("")
-    lines += _through_time(report)
-    return "\n".join([*lines, *(f"Note: {note}" for note in report.notes)])
+    lines += map(as_markdown, _through_time(report))
+    return "\n".join([*lines, *(f"Note: {as_markdown(note)}" for note in report.notes)])
 
 
 def save_flow(report: FlowReport, path: Path) -> Path:
@@ -330,7 +345,7 @@ def render_init(report: InitReport) -> RenderableType:
     parts: list[RenderableType] = [_init_table(report), Text(_init_summary(report), style="bold")]
     if report.depth:
         parts.append(_depth_table(report.depth))
-    parts += [Text(f"note: {note}", style="yellow") for note in report.notes]
+    parts += [_line(f"note: {note}", style="yellow") for note in report.notes]
     if not report.applied:
         parts.append(Text("dry run: nothing was changed", style="bold yellow"))
     return Group(*parts)
@@ -352,7 +367,7 @@ def _init_table(report: InitReport) -> Table:
             *(_figure(v) for v in (entry.fan, entry.gain, entry.target_std, entry.measured_std)),
             "; ".join(filter(None, (gain_from, entry.note))),
         )
-        table.add_row(*(Text(cell, style=style) for cell in cells))
+        table.add_row(*(_line(cell, style=style) for cell in cells))
     return table
 
 
@@ -384,5 +399,5 @@ def _depth_table(depth: tuple[DepthPoint, ...]) -> Table:
     for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
     for index in shown:
-        table.add_row(str(index + 1), Text(depth[index].name), *(_figure(read(depth[index])) for _, read in columns))
+        table.add_row(str(index + 1), _line(depth[index].name), *(_figure(read(depth[index])) for _, read in columns))
     return table

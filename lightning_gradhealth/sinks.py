@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import html
-import logging
 import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from lightning_gradhealth.messages import as_markdown, printable, reason_of, say
 from lightning_gradhealth.records import Finding, LayerStats, StepRecord
 from lightning_gradhealth.validation import check_int, wrong
 
-log = logging.getLogger("lightning_gradhealth")
-
 PREFIX = "gradhealth"
 WORST = 10
+LONGEST = 160  # characters of a layer's tag: MLflow takes 250 for a whole name, a logger's prefix among them
 LAYER_METRICS = ("grad_norm", "update_to_weight")
 
 LogLayers = Literal["auto"] | bool | int
@@ -121,7 +119,7 @@ def worst_layers(layers: Iterable[LayerStats], count: int) -> list[str]:
 
 
 def tags(names: Sequence[str]) -> dict[str, str]:
-    """Names of layers as every logger takes them: ASCII letters, digits, `_`, `.` and `-`, and no two alike.
+    """Names of layers as every logger takes them: of ASCII letters, digits, `_`, `.` and `-`, short, no two alike.
 
     Example:
         >>> tags(["net.0", "net/ü", "net/ö"])
@@ -130,6 +128,9 @@ def tags(names: Sequence[str]) -> dict[str, str]:
     taken: dict[str, str] = {}
     for name in names:
         plain = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII) or "_"
+        plain = "_" + plain[1:] if plain.startswith(".") else plain  # no way up in a file system
+        if len(plain) > LONGEST:
+            plain = f"{plain[: LONGEST // 2 - 1]}__{plain[len(plain) - LONGEST // 2 + 1 :]}"
         tag, number = plain, 1
         while tag in taken:
             number += 1
@@ -188,14 +189,8 @@ def findings_text(findings: Sequence[Finding]) -> str:
     rows = ["| condition | severity | where | since step | what | remedy |", "|---|---|---|---|---|---|"]
     for f in findings:
         cells = (f.condition, f.severity, f.where, f.first_step, f.summary, f.remedy)
-        rows.append(f"| {' | '.join(_markdown(str(cell)) for cell in cells)} |")
+        rows.append(f"| {' | '.join(as_markdown(cell) for cell in cells)} |")
     return "\n".join(rows)
-
-
-def _markdown(text: str) -> str:
-    """Markdown that shows `text` as it is in one cell of a table, whatever a layer is called."""
-    line = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", line)
 
 
 class LoggerSink:
@@ -220,6 +215,7 @@ class LoggerSink:
         self._count = check_log_layers(log_layers)
         self.layers: list[str] | None = None
         self._failed: set[int] = set()
+        self._without_layers: set[int] = set()
         self._told: dict[int, set[tuple[str, str]]] = {}
 
     def take_up(self, layers: Any) -> None:
@@ -241,22 +237,35 @@ class LoggerSink:
             findings: All findings so far; TensorBoard shows them as text when there are new ones.
             active: Number of findings that hold now.
         """
-        metrics = scalars(record, active) | self._layer_scalars(record)
+        totals, layers = scalars(record, active), self._layer_scalars(record)
         for logger in loggers:
             if id(logger) in self._failed:
                 continue
             try:
-                logger.log_metrics(metrics, step=record.step)
+                self._write_scalars(logger, record.step, totals, layers)
                 if _is_tensorboard(logger):
                     self._write_panels(logger, record, findings)
             except Exception as error:
                 self._failed.add(id(logger))
-                log.warning(
-                    "gradhealth: %s could not write (%s: %s); it gets nothing more from GradHealth, training goes on",
-                    type(logger).__name__,
-                    type(error).__name__,
-                    error,
+                say(
+                    f"gradhealth: {printable(type(logger).__name__)} could not write ({reason_of(error)}); it gets"
+                    " nothing more from GradHealth, training goes on"
                 )
+
+    def _write_scalars(self, logger: Any, step: int, totals: dict[str, float], layers: dict[str, float]) -> None:
+        """Write all scalars in a dict of the logger's own; where it refuses them, once more without those of layers."""
+        if not layers or id(logger) in self._without_layers:
+            logger.log_metrics(dict(totals), step=step)
+            return
+        try:
+            logger.log_metrics(totals | layers, step=step)
+        except Exception as error:
+            logger.log_metrics(dict(totals), step=step)
+            self._without_layers.add(id(logger))
+            say(
+                f"gradhealth: {printable(type(logger).__name__)} refused the scalars of layers ({reason_of(error)}); it"
+                " gets the others only"
+            )
 
     def _layer_scalars(self, record: StepRecord) -> dict[str, float]:
         if self._count == 0:

@@ -383,7 +383,7 @@ def test_the_text_shows_any_layer_name_as_it_is(name: str) -> None:
     text = findings_text([finding, finding])
     assert len(text.splitlines()) == 4
     shown = cells(text)["dead | alive"]
-    plain = " ".join(name.split())
+    plain = name.replace("\n", "\\n")
     assert shown == ["dead | alive", "warning", plain, "3", f"{plain}: a|b", 'use f(x, scheme="he")']
 
 
@@ -407,10 +407,54 @@ def test_a_logger_that_raises_is_told_once_and_disturbs_nobody(make: Any, tmp_pa
     health = fit(Logging(), broken, kept)
     (warning,) = [entry for entry in caplog.records if entry.name == "lightning_gradhealth"]
     assert "Broken could not write (ConnectionError: the disk is" in warning.getMessage()
-    assert broken.calls == 1
+    assert broken.calls == 2  # all scalars, and once more the totals only
     assert [step for step, row in sorted(kept.rows().items()) if ours(row)] == [3, 7, 11]
     assert [step for step, row in sorted(read_csv(broken).items()) if "train_loss" in row] == [3, 7, 11]
     assert health.report().steps == 12
+
+
+class Strict(CSVLogger):
+    """Takes what MLflow takes, empties what it is given, and refuses all that `refused` matches."""
+
+    refused = "$^"
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        for name in metrics:
+            if len(name) > 250 or not re.fullmatch(r"[\w\-./ :]+", name, re.ASCII) or re.search(self.refused, name):
+                raise ValueError(f"invalid metric name {name}")
+        super().log_metrics(dict(metrics), step)
+        metrics.clear()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("m" * 300, "n"),
+        ("a" * 170 + "b" * 170, "a" * 170 + "c" + "b" * 169),
+        ("ü/β (1)", "ü/γ (1)"),
+        ("x" * 9_999, "y"),
+    ],
+)
+def test_long_and_odd_names_cost_no_logger_its_scalars(names: tuple[str, str], make: Any, tmp_path: Path) -> None:
+    net = nn.Sequential(OrderedDict(((names[0], nn.Linear(8, 8)), (names[1], nn.Linear(8, 3)))))
+    strict, kept = Strict(tmp_path / "strict"), make("csv")
+    fit(Logging(net), strict, kept, log_layers=True)
+    rows, others = read_csv(strict), kept.rows()
+    assert [step for step, row in sorted(rows.items()) if ours(row)] == [3, 7, 11]
+    assert {step: ours(row) for step, row in rows.items()} == {step: ours(row) for step, row in others.items()}
+    assert len(logged_layers(rows, 3)) == 2
+
+
+@pytest.mark.parametrize("refused", ["layers/grad_norm", "layers/update_to_weight", "/layers/.*net.0"])
+def test_a_logger_that_refuses_layers_gets_the_totals(refused: str, tmp_path: Path, caplog: Any) -> None:
+    strict = Strict(tmp_path)
+    strict.refused = refused
+    fit(Logging(), strict)
+    rows = {step: ours(row) for step, row in read_csv(strict).items() if ours(row)}
+    assert sorted(rows) == [3, 7, 11]
+    assert all("gradhealth/total_norm" in row and not logged_layers(rows, step) for step, row in rows.items())
+    (warning,) = [entry for entry in caplog.records if entry.name == "lightning_gradhealth"]
+    assert "Strict refused the scalars of layers" in warning.getMessage()
 
 
 def test_panels_that_cannot_be_written_are_told_once(make: Any, monkeypatch: Any, caplog: Any) -> None:
