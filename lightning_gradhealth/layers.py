@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from lightning_gradhealth.makeup import kind_of
 from lightning_gradhealth.messages import say
 from lightning_gradhealth.naming import class_of, name_of
 from lightning_gradhealth.sharding import is_flat
@@ -70,34 +71,6 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or getattr(module, "_compiler_ctx", None) is not None
     )
-
-
-def kind_of(module: type[nn.Module]) -> str:
-    """What a class of modules is, as far as remedies depend on it; "" where it is none of what they know.
-
-    Example:
-        >>> kind_of(nn.Conv2d), kind_of(nn.BatchNorm1d), kind_of(nn.LSTM), kind_of(nn.Sequential)
-        ('conv2d', 'norm', 'recurrent', '')
-    """
-    return next((kind for kind, classes in _KINDS.items() if issubclass(module, classes)), "") or (
-        "norm" if module.__name__.lower().endswith("norm") else ""
-    )
-
-
-_CONV = nn.modules.conv
-_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
-    "norm": (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
-    "conv1d": (_CONV.Conv1d, _CONV.ConvTranspose1d),
-    "conv2d": (_CONV.Conv2d, _CONV.ConvTranspose2d),
-    "conv3d": (_CONV.Conv3d, _CONV.ConvTranspose3d),
-    "recurrent": (nn.RNNBase, nn.RNNCellBase),
-    "attention": (nn.MultiheadAttention,),
-    "embedding": (nn.Embedding, nn.EmbeddingBag),
-    "linear": (nn.Linear, nn.Bilinear),
-    "relu": (nn.ReLU, nn.ReLU6),
-    "sigmoid": (nn.Sigmoid,),
-    "tanh": (nn.Tanh,),
-}
 
 
 def check_layers(layers: LayersSpec) -> LayersSpec:

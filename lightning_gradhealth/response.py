@@ -32,8 +32,8 @@ OnNonFinite = Literal["warn", "skip", "raise", "stop"]
 SEARCHED_STEPS = 1_000
 KEPT_FORWARDS = 256
 _REMEDY = (
-    "a smaller learning rate or a warm-up of it; look for log(0), division by 0, sqrt(0) and bad values in the batch of"
-    " that step"
+    "look for log(0), division by 0, sqrt(0) and bad values in the batch of that step; a smaller learning rate or a"
+    " warm-up of it, and clipping by norm, if the gradient norms had grown before"
 )
 
 
