@@ -45,6 +45,7 @@ class Judgement:
         self.non_finite_steps = 0
         self.clipped_steps = 0
         self.skipped_steps = 0
+        self.refused_steps = 0  # whose clipping had a factor that could not be applied
         self.loss_seen = False
         self.depth_seen = False
         self.signals_seen = False
@@ -81,6 +82,7 @@ class Judgement:
         self.non_finite_steps += record.non_finite_steps
         self.clipped_steps += record.clipped_steps
         self.skipped_steps += record.skipped_steps
+        self.refused_steps += sum(step.refused for step in record.window)
         self.loss_seen = self.loss_seen or any(step.loss is not None for step in record.window)
         for step in record.window:
             self.ceilings.setdefault(step.optimizer, Ceiling()).add(step.total_norm)
@@ -224,6 +226,7 @@ class Judgement:
             "non_finite_steps": self.non_finite_steps,
             "clipped_steps": self.clipped_steps,
             "skipped_steps": self.skipped_steps,
+            "refused_steps": self.refused_steps,
             "loss_seen": self.loss_seen,
             "depth_seen": self.depth_seen,
             "signals_seen": self.signals_seen,
@@ -237,6 +240,7 @@ class Judgement:
         self.findings = {f.condition: f for f in map(Finding.from_dict, state["findings"])}
         self.history.load_state_dict({**state["history"], "values": state["history"]["values"].numpy()})
         self.layers = {layer.name: layer for layer in map(LayerStats.from_dict, state["layers"])}
+        self.refused_steps = state.get("refused_steps", 0)
         for name in ("step", "steps", "non_finite_steps", "clipped_steps", "skipped_steps"):
             setattr(self, name, int(state[name]))
         self.loss_seen = state["loss_seen"]

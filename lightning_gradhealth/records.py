@@ -258,6 +258,7 @@ class StepStats(Record):
         armed: The clipping's gate is open; None where there is no gate.
         acted: What the gate let through changed, or in a dry run would have changed, the gradients.
         would_clip: The coefficient of a dry run: what would have been done.
+        refused: A factor of the clipping was NaN, Inf or negative, and was not applied.
         applied_norm: L2 norm of what the optimizer was given, after all clipping, the Trainer's too (probed steps).
         loss_scale: The factor of the loss by which the gradients were still multiplied when they were observed, before
             the scaler's `unscale_`; None: by none. `total_norm` is without it.
@@ -286,6 +287,7 @@ class StepStats(Record):
     applied_norm: float | None = None
     scaled: bool = False
     loss_scale: float | None = None
+    refused: bool = False
 
 
 @dataclass(frozen=True)

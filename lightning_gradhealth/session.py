@@ -130,6 +130,7 @@ class HealthSession:
         self._set_due()
         self.judgement = Judgement([*default_rules(thresholds), *copy.deepcopy(list(rules))], muted)
         self._announce = announce or _warn_on_rank_zero
+        self.monitor.clippers.tell = self._announce
         for line in unmatched_mutes(muted, self.monitor.layout.names):
             say(f"gradhealth: {line}", through=self._announce)
         self._recorder: UseRecorder | None = UseRecorder(model)
@@ -379,8 +380,11 @@ class HealthSession:
         records = self._records()
         self.monitor.rows.clear()
         self._readings.clear()
+        refused = self.judgement.refused_steps
         for record in records:
             self._tell(self.judgement.add(record))
+        if self.judgement.refused_steps and not refused:
+            say(f"gradhealth: {_refused(self.judgement)}", through=self._announce)
         self._unlogged = self._gathered(records)
         self._latest = self.judgement
         self.response.review(zip(rows, (step for record in records for step in record.window), strict=True))
@@ -392,6 +396,9 @@ class HealthSession:
 
     def _records(self) -> list[StepRecord]:
         """What waits on the device, read in one transfer: gradients and signals of each window."""
+        if self.monitor.clippers.lost is not None:
+            name, step, why = self.monitor.clippers.lost
+            self.judgement.lose(f"clipping by {name}", f"it failed: {why}", step)
         pending = self.monitor.pending()
         vectors = [reading.vectors() for reading in self._readings]
         values = read_once([*pending, *(vector for group in vectors for vector in group)])
@@ -484,6 +491,8 @@ class HealthSession:
             notes.append("units: not judged in every layer (fewer than 256 samples were seen there)")
         if judgement.steps and not judgement.loss_seen:
             notes.append(NO_LOSS)
+        if judgement.refused_steps:
+            notes.append(_refused(judgement))
         notes += [f"update/weight: not measured: {why}" for why in self.monitor.updates.unmeasured.values()]
         return notes
 
@@ -614,3 +623,9 @@ def _warn_on_rank_zero(line: str) -> None:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
         say(line)
+
+
+def _refused(judgement: Judgement) -> str:
+    many = judgement.refused_steps
+    what = "clip: the clipper gave a factor that is NaN, Inf or negative"
+    return f"{what} at {many} step{'s' * (many > 1)}; it was taken for 1"

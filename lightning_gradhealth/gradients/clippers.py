@@ -302,7 +302,7 @@ class Chain(Clipper):
         cuts: list[Cut] = []
         copied = False
         for number, clipper in enumerate(self.clippers, start=1):
-            cuts.append(clipper.decide(gradients))
+            cuts.append(clipper.cut(gradients))
             rest = self.clippers[number:]
             if not rest:
                 break
@@ -316,6 +316,7 @@ class Chain(Clipper):
         armed = [cut.armed for cut in cuts if cut.armed is not None]
         acted = [cut.acted for cut in cuts if cut.acted is not None]
         would = [cut.would for cut in cuts if cut.would is not None]
+        refused = [cut.refused for cut in cuts if cut.refused is not None]
         return Cut(
             parts=[math.prod((cut.parts[0] for cut in cuts[1:]), start=cuts[0].parts[0])] if self.whole else [],
             clipped=torch.stack([cut.clipped for cut in cuts]).any(),
@@ -324,6 +325,7 @@ class Chain(Clipper):
             armed=torch.stack(armed).any() if armed else None,
             would=torch.stack(would).prod() if would else None,
             acted=torch.stack(acted).any() if acted else None,
+            refused=torch.stack(refused).any() if refused else None,
         )
 
     def apply(self, gradients: Gradients, cut: Cut) -> None:

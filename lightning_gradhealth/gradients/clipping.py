@@ -99,7 +99,7 @@ def summed_up(parameter: nn.Parameter) -> Tensor | None:
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
-        >>> weight.grad = torch.sparse_coo_tensor([[1, 1]], [0.5, 0.5], (2,))
+        >>> weight.grad = torch.sparse_coo_tensor([[1, 1]], [0.5, 0.5], (2,), check_invariants=True)
         >>> summed_up(weight).values().tolist()
         [1.0]
     """
@@ -127,7 +127,7 @@ class Cut:
     """What a clipper decided about one step; all of it on the device.
 
     Attributes:
-        parts: What its `apply` needs: factors or limits.
+        parts: What its `apply` needs: factors or limits, finite and >= 0 (or the neutral value).
         clipped: Whether it changes anything, shape (), bool.
         coefficient: Total norm after it over that before, shape (); None where that would take another pass.
         neutral: The value of every part that leaves the gradients as they are, bit for bit.
@@ -135,6 +135,7 @@ class Cut:
         armed: Whether the gate is open, shape (), bool; None where there is no gate.
         would: The coefficient of a dry run, shape (): what would have been done; None where it is none.
         acted: Whether what the gate let through changes, or in a dry run would change, anything, shape (), bool.
+        refused: Whether a part was NaN, Inf or negative, and the neutral value was put in its place, shape (), bool.
 
     Example:
         >>> Cut([torch.tensor(0.5)], torch.tensor(True)).where(torch.tensor(False)).parts
@@ -149,6 +150,7 @@ class Cut:
     armed: Tensor | None = None
     would: Tensor | None = None
     acted: Tensor | None = None
+    refused: Tensor | None = None
 
     def where(self, flag: Tensor) -> Cut:
         """The same cut where `flag` is set, and nothing at all where it is not."""
@@ -159,6 +161,58 @@ class Cut:
             coefficient=None if self.coefficient is None else torch.where(flag, self.coefficient, 1.0),
             inner=[cut.where(flag) for cut in self.inner],
         )
+
+
+def checked(cut: Any, clipper: Clipper, gradients: Gradients) -> Cut:
+    """What a clipper decided, fit to be carried out: on the gradients' device, and free of what would destroy weights.
+
+    A part that is NaN, Inf or negative becomes the neutral value, on the device, and the cut says so.
+
+    Raises:
+        TypeError: It is no Cut of tensors.
+        ValueError: Parts have a shape that `apply` cannot use.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(1))
+        >>> weight.grad = torch.ones(1)
+        >>> bad = Cut([torch.tensor(float("nan"))], torch.tensor(True))
+        >>> good = checked(bad, Clipper(), Gradients.of(weight))
+        >>> good.parts, good.refused, good.clipped
+        ([tensor(1.)], tensor(True), tensor(False))
+    """
+    name, home = type(clipper).__name__, gradients.norms.device
+    if not isinstance(cut, Cut):
+        raise TypeError(wrong(f"{name}.decide()", "a Cut", cut, "e.g. return factor(gradients, value)"))
+    parts, flags = list(cut.parts), (cut.clipped, cut.coefficient, cut.armed, cut.would, cut.acted)
+    if not all(isinstance(part, Tensor) for part in (*parts, *(flag for flag in flags if flag is not None))):
+        raise TypeError(f"{name}.decide() must give a Cut of tensors, got {cut!r}; e.g. factor(gradients, value)")
+    if type(clipper).apply is Clipper.apply and [tuple(p.shape) for p in parts] not in (
+        [()],
+        [(len(gradients.slots),)],
+    ):
+        shapes = [tuple(part.shape) for part in parts]
+        text = f"{name}.decide() must give one part of shape () or ({len(gradients.slots)},), got {shapes}"
+        raise ValueError(f"{text}; or define apply(gradients, cut)")
+    if any(flag.numel() != 1 for flag in flags if flag is not None):
+        raise ValueError(f"{name}.decide() must give flags of shape (), got {cut!r}; e.g. factor(gradients, value)")
+    sound, bad, left = [], [], []
+    for part in parts:
+        fine = (part >= 0) & (part.isfinite() | (part == cut.neutral))
+        sound.append(torch.where(fine, part, cut.neutral))
+        bad.append((~fine).any().to(home))
+        left.append((sound[-1] != cut.neutral).any().to(home))
+    clipped, coefficient, armed, would, acted = (None if f is None else f.reshape(()).to(home) for f in flags)
+    assert clipped is not None
+    made = replace(cut, parts=sound, clipped=clipped, coefficient=coefficient, armed=armed, would=would, acted=acted)
+    if not bad:
+        return made
+    refused = torch.stack(bad).any()
+    if cut.refused is not None:
+        refused = refused | cut.refused
+    if coefficient is not None:
+        coefficient = torch.where(coefficient.isfinite() & (coefficient >= 0), coefficient, 1.0)
+    clipped = clipped.bool() & (torch.stack(left).any() | ~refused)
+    return replace(made, refused=refused, clipped=clipped, coefficient=coefficient)
 
 
 class Clipper:
@@ -193,6 +247,10 @@ class Clipper:
     def decide(self, gradients: Gradients) -> Cut:
         """Take in the norms of a step and say what is to be done; reads nothing on the host."""
         raise NotImplementedError(f"{type(self).__name__} must define decide(gradients)")
+
+    def cut(self, gradients: Gradients) -> Cut:
+        """What `decide` says, checked: this is what monitors, chains and gates ask for."""
+        return checked(self.decide(gradients), self, gradients)
 
     def apply(self, gradients: Gradients, cut: Cut) -> None:
         """Carry out what was decided, in place: here, multiply by one factor, shape (), or one each, shape (n,)."""
@@ -255,7 +313,7 @@ def factor(gradients: Gradients, value: Tensor) -> Cut:
         >>> factor(gradients, 1.0 / gradients.total).coefficient.item()
         1.0
     """
-    value = torch.where(gradients.finite & value.isfinite(), value, 1.0)
+    value = torch.where(gradients.finite & value.isfinite() & (value >= 0), value, 1.0)
     return Cut([value], value != 1.0, value)
 
 
@@ -266,7 +324,8 @@ def limited(total: Tensor, limit: Tensor | float) -> Tensor:
         >>> limited(torch.tensor([5.0, 0.5]), 1.0).tolist()
         [0.2..., 1.0]
     """
-    return torch.where(total > limit, limit / total, 1.0)
+    reached = total > limit if isinstance(limit, float) else (total > limit) & (limit >= 0)  # a state may have gone bad
+    return torch.where(reached, limit / total, 1.0)
 
 
 def usable(norms: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class WhenExploding(Clipper):
         if self.warmup_norm is not None:
             early = (self.state["count"] <= self.WARMUP) & (norm > self.warmup_norm)
             armed, usual = armed | early, torch.where(early, usual.clamp(max=self.warmup_norm), usual)
-        inner = None if self.clipper is None else self.clipper.decide(gradients)
+        inner = None if self.clipper is None else self.clipper.cut(gradients)
         cut = (factor(gradients, limited(norm, usual)) if inner is None else inner).where(armed)
         acted = cut.clipped
         if self.dry_run:

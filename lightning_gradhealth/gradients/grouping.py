@@ -109,6 +109,7 @@ def _step(row: HostRow) -> StepStats:
         armed=_flag(flags["armed"]),
         acted=_flag(flags["acted"]),
         would_clip=flags["would"],
+        refused=bool(flags["refused"]),
         applied_norm=row.applied_norm,
         loss_scale=row.scale,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_gradhealth.gradients.acting import Clippers
 from lightning_gradhealth.gradients.between import Changed, Gone
-from lightning_gradhealth.gradients.clipping import Clipper, Gradients, summed_up
+from lightning_gradhealth.gradients.clipping import Gradients, summed_up
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
@@ -88,7 +88,8 @@ class GradientMonitor:
     """
 
     def __init__(self, model: nn.Module, clip: Clip = None, layers: LayersSpec = "module") -> None:
-        self.clip = check_clip(clip)
+        self._saver = Saver()
+        self.clippers = Clippers(check_clip(clip), self._saver)
         self.layout = Layout(model, layers)
         self.rows: deque[Row] = deque(maxlen=CAPACITY)
         self._model = model
@@ -101,13 +102,11 @@ class GradientMonitor:
         self.gone = Gone()
         self._patterns: dict[int, Pattern] = {}
         self._shardings: dict[int, Sharding | None] = {}
-        self._clippers: dict[int, Clipper] = {}
         self._positions: dict[Pattern, Tensor] = {}
         self.updates = Updates(self.layout, self._places)
         self._unstepped = UnsteppedWatch(self.layout)
         self._saw_backward = False
         self._carried: dict[int, Tensor | float] = {}  # by optimizer: norm of what is left of the gradient before
-        self._saver = Saver()
 
     # --- every step ---
 
@@ -141,12 +140,6 @@ class GradientMonitor:
     def sharded(self) -> bool:
         """Whether a rank holds only a part of any optimizer's parameters."""
         return any(sharding is not None for sharding in self._shardings.values())
-
-    def clipper_of(self, number: int) -> Clipper | None:
-        """The clipper of an optimizer, by its number: a copy of `clip` with a state of its own."""
-        if self.clip is not None and number not in self._clippers:
-            self._clippers[number] = copy.deepcopy(self.clip)
-        return self._clippers.get(number)
 
     @torch.no_grad()
     def observe(
@@ -185,7 +178,7 @@ class GradientMonitor:
             self.changed_since.setdefault(number, step)
         pattern, tensors = self._scan(optimizer, number, step)
         pending = grad_scaler is not None and scaled and bool(tensors) and still_scaled(given, grad_scaler)
-        if grad_scaler is not None and pending and self.clip is not None:
+        if grad_scaler is not None and pending and self.clippers.clip is not None:
             grad_scaler.unscale_(known_to(grad_scaler, given))
             pending = False
         vector = self._measure(number, pattern, tensors, exact=exact)
@@ -196,9 +189,8 @@ class GradientMonitor:
         rates = tuple(rate(group) for group in optimizer.param_groups)
         row = Row(step, number, pattern, rates, vector, scaled)
         decision = Decision(optimizer, self._gradients(number, pattern, tensors, vector), row)
-        clipper = self.clipper_of(number)
-        if clipper is not None and tensors:
-            decision.cut = clipper.decide(decision.gradients)
+        decision.cut = self.clippers.decide(decision)
+        if decision.cut is not None:
             row.cut = flags_of(decision.cut)
             if scaled:  # the scaler skips the step if one is not finite
                 row.cut = without_effect(row.cut, ~decision.total_norm.isfinite())
@@ -244,7 +236,7 @@ class GradientMonitor:
             self._had_grad.update(slots)
             for slot in slots:
                 self._without_grad.pop(slot, None)
-        if self.clip is not None:
+        if self.clippers.clip is not None:
             gradients = [summed_up(self.layout.slots[slot].parameter) for slot in slots]
         return known, gradients
 
@@ -346,9 +338,7 @@ class GradientMonitor:
     @torch.no_grad()
     def apply(self, decision: Decision) -> None:
         """Carry out what the clipper decided: change the gradients in place, on the device, or leave them alone."""
-        clipper = self.clipper_of(decision.row.optimizer)
-        if decision.cut is not None and clipper is not None:
-            clipper.apply(decision.gradients, decision.cut)
+        self.clippers.apply(decision)
 
     def close(self) -> None:
         """Remove the hooks from the optimizers; calling it twice does no harm."""
@@ -402,16 +392,13 @@ class GradientMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as primitives and tensors, slots by name, clippers by the number of the optimizer."""
         names = [slot.name for slot in self.layout.slots]
-        clippers: dict[int, Any] = {}
-        for number, clipper in self._clippers.items():
-            self._saver.put(clippers, number, f"the state of the clipper {type(clipper).__name__}", clipper.state_dict)
         return {
             "observed": self._numbers.state_dict(),
             "had_grad": sorted(names[slot] for slot in self._had_grad),
             "without_grad": {names[slot]: list(entry) for slot, entry in self._without_grad.items()},
             "changed_since": dict(self.changed_since),
             "used": self.layout.used,
-            "clippers": clippers,
+            "clippers": self.clippers.state_dict(),
             **rows_to_state(self.rows, names),
         }
 
@@ -431,14 +418,5 @@ class GradientMonitor:
         }
         self.changed_since = dict(state.get("changed_since", {}))
         self.layout.record_use(state["used"])
-        for number, saved in state["clippers"].items():
-            if (clipper := self.clipper_of(number)) is not None:
-                self._restore_clipper(number, clipper, saved)
+        self.clippers.load_state_dict(state["clippers"])
         self.rows = deque(rows_from_state(state, slot_of), maxlen=CAPACITY)
-
-    def _restore_clipper(self, number: int, clipper: Clipper, saved: dict[str, Any]) -> None:
-        """Give a clipper its state; one of the user's that cannot take up its own starts afresh."""
-        if type(clipper).__module__.partition(".")[0] == __name__.partition(".")[0]:
-            clipper.load_state_dict(saved)
-        elif not self._saver.take(f"the state of {type(clipper).__name__}", lambda: clipper.load_state_dict(saved)):
-            self._clippers[number] = copy.deepcopy(self.clip) if self.clip is not None else clipper
