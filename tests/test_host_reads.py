@@ -96,7 +96,7 @@ def test_updates_on_fake_cuda_tensors_read_nothing() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         session = HealthSession(model)
         session.observe(optimizer)
-        session.monitor._after_step(optimizer)
+        session.monitor.updates._after_step(0, False, optimizer)
         assert len(session.monitor.rows[0].vectors()) == 5  # norms before and after clipping, weights, samples, updates
 
 

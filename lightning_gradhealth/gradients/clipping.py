@@ -199,7 +199,7 @@ def checked(cut: Any, clipper: Clipper, gradients: Gradients) -> Cut:
     for part in parts:
         fine = (part >= 0) & (part.isfinite() | (part == cut.neutral))
         sound.append(torch.where(fine, part, cut.neutral))
-        bad.append((~fine).any().to(home))
+        bad.append(fine.logical_not().any().to(home))
         left.append((sound[-1] != cut.neutral).any().to(home))
     clipped, coefficient, armed, would, acted = (None if f is None else f.reshape(()).to(home) for f in flags)
     assert clipped is not None
@@ -211,7 +211,7 @@ def checked(cut: Any, clipper: Clipper, gradients: Gradients) -> Cut:
         refused = refused | cut.refused
     if coefficient is not None:
         coefficient = torch.where(coefficient.isfinite() & (coefficient >= 0), coefficient, 1.0)
-    clipped = clipped.bool() & (torch.stack(left).any() | ~refused)
+    clipped = clipped.bool() & (torch.stack(left).any() | refused.logical_not())
     return replace(made, refused=refused, clipped=clipped, coefficient=coefficient)
 
 
