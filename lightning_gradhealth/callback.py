@@ -24,7 +24,7 @@ from lightning_gradhealth.records import FlowReport, HealthReport, StepRecord
 from lightning_gradhealth.response import OnNonFinite
 from lightning_gradhealth.rules import Rule, Thresholds
 from lightning_gradhealth.session import DEFAULT_CADENCE, NO_LOSS, HealthSession
-from lightning_gradhealth.sinks import LoggerSink, LogLayers
+from lightning_gradhealth.sinks import LoggerSink, LogLayers, prefix_of
 from lightning_gradhealth.trees import KeptBatch
 from lightning_gradhealth.validation import check_flag, check_type, wrong
 
@@ -137,6 +137,9 @@ class GradHealth(Callback):
             if self._session is not None:
                 self._session.close()
             self._reset()
+            mine = [callback for callback in trainer.callbacks if isinstance(callback, GradHealth)]  # type: ignore[attr-defined]
+            number = next((place for place, callback in enumerate(mine) if callback is self), 0)
+            self._sink = LoggerSink(self.log_layers, prefix_of(number))
             self._ran, self._shared.last = True, self
 
     @never_fatal(together=True)

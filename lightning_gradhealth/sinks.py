@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+from lightning_gradhealth import custom_scalars
 from lightning_gradhealth.messages import as_markdown, printable, reason_of, say
 from lightning_gradhealth.records import Finding, LayerStats, StepRecord
 from lightning_gradhealth.validation import check_int, wrong
@@ -41,8 +42,13 @@ def check_log_layers(log_layers: LogLayers) -> int | None:
     return check_int("log_layers", log_layers, 0, remedy, must)
 
 
-def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
+def scalars(record: StepRecord, active_findings: int, prefix: str = PREFIX) -> dict[str, float]:
     """The scalars of a record under their names; values that were not measured or are not finite are left out.
+
+    Args:
+        record: The record.
+        active_findings: Number of findings that hold now.
+        prefix: What all names begin with.
 
     Example:
         >>> for name, value in scalars(StepRecord(step=1, total_norm=2.0), 0).items():
@@ -76,7 +82,7 @@ def scalars(record: StepRecord, active_findings: int) -> dict[str, float]:
     if len(last) > 1:
         # not under total_norm/: where a metric is a file, as in MLflow's file store, it cannot be a folder too
         values |= {f"optimizer{number}/total_norm": norm for number, norm in last.items()}
-    return _finite({f"{PREFIX}/{name}": value for name, value in values.items()})
+    return _finite({f"{prefix}/{name}": value for name, value in values.items()})
 
 
 def _largest(values: Iterable[float | None]) -> float | None:
@@ -139,12 +145,23 @@ def tags(names: Sequence[str]) -> dict[str, str]:
     return {name: tag for tag, name in taken.items()}
 
 
-def layout(layers: bool = True, clipping: bool = True) -> dict[str, dict[str, list[Any]]]:
+def prefix_of(number: int) -> str:
+    """What the names of a Trainer's n-th GradHealth begin with, so that no two write the same.
+
+    Example:
+        >>> prefix_of(0), prefix_of(1)
+        ('gradhealth', 'gradhealth-2')
+    """
+    return PREFIX if number == 0 else f"{PREFIX}-{number + 1}"
+
+
+def layout(layers: bool = True, clipping: bool = True, prefix: str = PREFIX) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's Custom Scalars panel, the verdict first.
 
     Args:
         layers: Whether there are scalars of single layers to show.
         clipping: Whether the session clips.
+        prefix: What the names of the scalars begin with.
 
     Example:
         >>> list(layout()), list(layout(layers=False, clipping=False))
@@ -153,10 +170,11 @@ def layout(layers: bool = True, clipping: bool = True) -> dict[str, dict[str, li
 
     def chart(*patterns: str) -> list[Any]:
         # regexes, matched from the start of a tag, where a logger's own prefix may stand
-        return ["Multiline", [f"(.*-)?{PREFIX}/{pattern}$" for pattern in patterns]]
+        return ["Multiline", [f"(.*-)?{prefix}/{pattern}$" for pattern in patterns]]
 
+    title = "Grad Health" + prefix.removeprefix(PREFIX).replace("-", " ")
     charts = {
-        "Grad Health": {
+        title: {
             "Active findings": chart("findings"),
             "Gain per layer, backwards and forwards (1: ideal)": chart("gain_per_layer", "forward_gain_per_layer"),
             "Largest gradient norm (log scale)": chart("total_norm_max"),
@@ -166,13 +184,13 @@ def layout(layers: bool = True, clipping: bool = True) -> dict[str, dict[str, li
         },
     }
     if clipping:
-        charts["Grad Health: clipping"] = {
+        charts[f"{title}: clipping"] = {
             "Norm before and after clipping (log scale)": chart("total_norm", "applied_norm"),
             "Share of clipped steps, gate open": chart("clipped_fraction", "armed"),
             "Smallest factor (log scale)": chart("(clip_coefficient|would_clip)"),
         }
     if layers:
-        charts["Grad Health: layers"] = {
+        charts[f"{title}: layers"] = {
             "Gradient norm, a line a layer (log scale)": chart("layers/grad_norm/.*"),
             "Update / weight, a line a layer (log scale)": chart("layers/update_to_weight/.*"),
         }
@@ -199,6 +217,7 @@ class LoggerSink:
     Args:
         log_layers: How many layers' own scalars to write: "auto" the worst ten, chosen at the first record and
             kept, so that their lines go on; a number; True for all; False for none.
+        prefix: What all names begin with.
 
     Attributes:
         layers: The layers that were chosen; None before the first record.
@@ -211,7 +230,8 @@ class LoggerSink:
         3 gradhealth/total_norm
     """
 
-    def __init__(self, log_layers: LogLayers = "auto") -> None:
+    def __init__(self, log_layers: LogLayers = "auto", prefix: str = PREFIX) -> None:
+        self._prefix = prefix
         self._count = check_log_layers(log_layers)
         self.layers: list[str] | None = None
         self._failed: set[int] = set()
@@ -237,7 +257,7 @@ class LoggerSink:
             findings: All findings so far; TensorBoard shows them as text when there are new ones.
             active: Number of findings that hold now.
         """
-        totals, layers = scalars(record, active), self._layer_scalars(record)
+        totals, layers = scalars(record, active, self._prefix), self._layer_scalars(record)
         for logger in loggers:
             if id(logger) in self._failed:
                 continue
@@ -276,7 +296,7 @@ class LoggerSink:
         tag_of = tags(self.layers)
         return _finite(
             {
-                f"{PREFIX}/layers/{metric}/{tag_of[layer.name]}": getattr(layer, metric)
+                f"{self._prefix}/layers/{metric}/{tag_of[layer.name]}": getattr(layer, metric)
                 for metric in LAYER_METRICS
                 for layer in record.layers
                 if layer.name in tag_of
@@ -288,11 +308,11 @@ class LoggerSink:
         writer = logger.experiment
         if id(logger) not in self._told:
             self._told[id(logger)] = set()
-            writer.add_custom_scalars(layout(layers=self._count != 0, clipping=record.clips))
+            custom_scalars.show(writer, layout(self._count != 0, record.clips, self._prefix))
         known = self._told[id(logger)]
         if new := {(f.condition, f.severity) for f in findings} - known:
             known |= new
-            writer.add_text(f"{PREFIX}/findings", findings_text(findings), record.step)
+            writer.add_text(f"{self._prefix}/findings", findings_text(findings), record.step)
 
 
 def _is_tensorboard(logger: Any) -> bool:

@@ -70,7 +70,7 @@ class Twin(pl.Callback):
         self.orphans: list[bool] = []
         self.bounded: list[bool] = []
         self.carried: list[float] = []
-        self._left: list[float] = []
+        self._left: list[list[float]] = []
         self._began: dict[int, Tensor] = {}
         self._there: set[int] = set()
 
@@ -112,9 +112,9 @@ class Twin(pl.Callback):
             pl_module.loss = spied
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
-        steered = [p for optimizer in trainer.optimizers for g in optimizer.param_groups for p in g["params"]]
-        gradients = [p.grad for p in steered if p.grad is not None]
-        self._left.append(math.sqrt(sum(float(np.sum(np.square(_array(g)))) for g in gradients)))
+        steered = [[p for g in optimizer.param_groups for p in g["params"]] for optimizer in trainer.optimizers]
+        there = [[_array(p.grad) for p in parameters if p.grad is not None] for parameters in steered]
+        self._left.append([math.sqrt(sum(float(np.sum(np.square(g))) for g in gradients)) for gradients in there])
         for tensor in (*pl_module.parameters(), *_listed(pl_module)):
             self._began.setdefault(id(tensor), tensor.detach().clone())
 
@@ -123,7 +123,7 @@ class Twin(pl.Callback):
         steered = [p for o in trainer.optimizers for g in o.param_groups for p in g["params"]]
         in_vain = any(p.grad is None and all(p is not q for q in mine) for p in steered)
         for tensor in (*mine, *listed):
-            left = tensor.grad is not None and bool((tensor.grad != 0).any())
+            left = tensor.grad is not None and bool(_array(tensor.grad).any())
             if left and all(tensor is not p for p in steered) and torch.equal(tensor, self._began[id(tensor)]):
                 self.orphans.append(in_vain or any(tensor is p for p in listed) or id(tensor) not in self._there)
 
@@ -152,7 +152,7 @@ class Twin(pl.Callback):
         number = next(i for i, o in enumerate(trainer.optimizers) if getattr(o, "optimizer", o) is optimizer)
         self.norms.setdefault(number, []).append(norm)
         if self._left and norm > 0:  # the least of the passes of a step: where one began with nothing, all is well
-            self.carried.append(min(self._left) / norm)
+            self.carried.append(min(left[number] for left in self._left) / norm)
         self._left = []
         if not math.isfinite(norm):
             self.bad.append(len(self.norms[number]) - 1)
@@ -239,6 +239,14 @@ class Twin(pl.Callback):
                 agreed = min(agreed, max(0.0, math.log10(end / read)))
             found.append(agreed)
         return found
+
+    def swallowed(self) -> list[float]:
+        """By how many powers of ten the gradient falls at one layer, where the weights of one are tiny at the start."""
+        first = [size for size, numel in next(iter(self.weights.values()), {}).values() if numel >= 64]
+        if len(first) < 3 or min(first) >= 0.1 * np.median(first):  # its biases are not scaled
+            return []
+        ways = [np.array(signal) for signal in self.backward if len(signal) > 1 and min(signal) > 0.0]
+        return [float(np.max(np.diff(np.log10(way)))) for way in ways]
 
     def leap(self) -> float:
         """The largest leap of a gradient norm over its usual size, in powers of ten."""
@@ -363,7 +371,8 @@ def _vanishing(twin: Twin) -> float:
     norms = twin.norms.get(0, [])
     early, late = [np.median(part) if part else 1.0 for part in (norms[:20], norms[-20:])]
     fallen = len(norms) >= 40 and 0 < late < early / 1e3 and not twin.settled()
-    return max(over_depth, 3.0 if fallen else 0.0)
+    falls = sorted(twin.swallowed(), reverse=True)[1:2]  # the layer may recover: twice is enough
+    return max(over_depth, *falls, 3.0 if fallen else 0.0)
 
 
 def _oversized(twin: Twin) -> float:
