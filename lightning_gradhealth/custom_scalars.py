@@ -19,6 +19,9 @@ def show(writer: Any, charts: Charts) -> None:
         writer: A torch.utils.tensorboard.SummaryWriter.
         charts: Category -> title -> ["Multiline" or "Margin", tags], as `SummaryWriter.add_custom_scalars` takes them.
     """
+    if not isinstance(getattr(writer, "log_dir", None), str):  # a stand-in, as other ranks have
+        writer.add_custom_scalars(charts)
+        return
     panel = vars(writer).get("gradhealth_panel")
     if not isinstance(panel, _Panel):
         panel = _Panel(writer)

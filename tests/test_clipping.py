@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
 from collections.abc import Callable, Iterator
@@ -90,7 +89,7 @@ def clipped(clipper: Clipper, *gradients: Any) -> list[Tensor]:
 def warm(clipper: Clipper, steps: int = 60, norm: float = 1.0, made: list[nn.Parameter] | None = None) -> Clipper:
     """Let it see steps of one norm, over the parameters given or one."""
     for _ in range(steps):
-        seen = copy.deepcopy(made) if made else parameters([norm])
+        seen = parameters(*(p.grad for p in made)) if made else parameters([norm])  # a deep copy has no gradient
         clipper.decide(Gradients.of(*seen))
     return clipper
 

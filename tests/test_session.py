@@ -102,11 +102,11 @@ def test_a_loop_that_never_flushes_stays_bounded() -> None:
     assert session.report().steps == 2_100
 
 
-def test_the_first_two_steps_are_probed_and_then_the_cadence() -> None:
+def test_powers_of_two_are_probed_and_then_the_cadence() -> None:
     model = mlp()
     optimizer, session = torch.optim.SGD(model.parameters(), lr=0.1), HealthSession(model, probe_every_n_steps=5)
     plain_loop(model, optimizer, session, 12, every=100)
-    assert [row.step for row in session.monitor.rows if row.probe] == [0, 1, 4, 9]
+    assert [row.step for row in session.monitor.rows if row.probe] == [0, 1, 2, 4, 8, 9]
 
 
 def test_gan_like_loops_keep_their_optimizers_apart() -> None:
