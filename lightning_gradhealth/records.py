@@ -255,7 +255,8 @@ class StepStats(Record):
         clip_coefficient: Total norm after the session's clipping over that before; None where nothing clips, or it
             is not one factor.
         clipped: The session's clipping changed the gradients; None where nothing clips.
-        armed: The clipping's gate is open; None where there is no gate.
+        armed: The clipping's gate is open, if only for this one step; None where there is no gate.
+        outbreak: It stands open for an outbreak, for hundreds of steps; False at a single spike.
         acted: What the gate let through changed, or in a dry run would have changed, the gradients.
         would_clip: The coefficient of a dry run: what would have been done.
         refused: A factor of the clipping was NaN, Inf or negative, and was not applied.
@@ -283,6 +284,7 @@ class StepStats(Record):
     clipped: bool | None = None
     armed: bool | None = None
     acted: bool | None = None
+    outbreak: bool | None = None
     would_clip: float | None = None
     applied_norm: float | None = None
     scaled: bool = False

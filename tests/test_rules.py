@@ -549,7 +549,9 @@ def test_wrong_thresholds() -> None:
 
 def gated(step: int, norm: float, *, armed: bool = False, factor: float = 1.0, **more: Any) -> StepStats:
     more = {"clip_coefficient": factor, "clipped": factor < 1, "acted": factor < 1, **more}
-    return StepStats(step=step, total_norm=norm, armed=armed, **more)
+    return StepStats(
+        step=step, total_norm=norm, armed=armed or bool(more.get("outbreak")), **{"outbreak": False, **more}
+    )
 
 
 def test_an_explosion_that_clipping_has_brought_down_is_none() -> None:
@@ -569,21 +571,39 @@ def test_an_explosion_that_clipping_has_brought_down_is_none() -> None:
 def test_the_gate_is_told_while_open_and_once_more_when_it_closes() -> None:
     rule = AdaptiveClipping()
     assert rule.judge(StepRecord(step=9, window=tuple(gated(s, 1.0) for s in range(10)))) is None
-    window = (gated(10, 1.0), gated(11, 50.0, armed=True, factor=0.02), gated(12, 1.0, armed=True))
+    window = (gated(10, 1.0), gated(11, 50.0, outbreak=True, factor=0.02), gated(12, 1.0, outbreak=True))
     opened = rule.judge(StepRecord(step=12, window=window))
     assert opened is not None
     assert (opened.severity, opened.first_step) == (Severity.INFO, 11)
     assert opened.summary == (
-        "the gate opened at step 11, at a gradient norm of 50; 1 step was clipped, the most by a factor of 0.02;"
-        " it is open"
+        "an outbreak opened the gate at step 11, at a gradient norm of 50; 1 step was clipped, the most by a factor of"
+        " 0.02; it is open"
     )
-    closed = rule.judge(StepRecord(step=14, window=(gated(13, 1.0, armed=True), gated(14, 1.0))))
+    closed = rule.judge(StepRecord(step=14, window=(gated(13, 1.0, outbreak=True), gated(14, 1.0))))
     assert closed is not None
     assert closed.summary.endswith("it closed at step 14")
     assert rule.judge(StepRecord(step=15, window=(gated(15, 1.0),))) is None
-    again = rule.judge(StepRecord(step=16, window=(gated(16, 9.0, armed=True, factor=0.2),)))
+    again = rule.judge(StepRecord(step=16, window=(gated(16, 9.0, outbreak=True, factor=0.2),)))
     assert again is not None
     assert "(2 times since step 11); 2 steps were clipped" in again.summary
+
+
+def test_single_spikes_are_told_from_an_outbreak() -> None:
+    rule = AdaptiveClipping()
+    first = rule.judge(StepRecord(step=5, window=(gated(5, 9.0, armed=True, factor=0.1), gated(6, 1.0))))
+    assert first is not None
+    assert first.summary == (
+        "1 single spike at step 5, at a gradient norm of 9; 1 step was clipped, the most by a factor of 0.1"
+    )
+    assert rule.judge(StepRecord(step=7, window=(gated(7, 1.0),))) is None  # nothing new
+    second = rule.judge(StepRecord(step=8, window=(gated(8, 4.0, armed=True, factor=0.5),)))
+    assert second is not None
+    assert second.summary.startswith("2 single spikes since step 5, the latest at step 8, at a gradient norm of 4; 2 s")
+    assert (second.evidence["spikes"], second.evidence["openings"], second.evidence["open"]) == (2, 0, False)
+    third = rule.judge(StepRecord(step=9, window=(gated(9, 60.0, outbreak=True, factor=0.02),)))
+    assert third is not None
+    assert "opened the gate at step 9, at a gradient norm of 60; 2 single spikes besides; 3 steps" in third.summary
+    assert (third.evidence["spikes"], third.evidence["openings"], third.evidence["open"]) == (2, 1, True)
 
 
 @pytest.mark.parametrize("every", [1, 5, 50])

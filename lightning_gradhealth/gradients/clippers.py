@@ -315,6 +315,7 @@ class Chain(Clipper):
         factors = [cut.coefficient for cut in cuts if cut.coefficient is not None]
         armed = [cut.armed for cut in cuts if cut.armed is not None]
         acted = [cut.acted for cut in cuts if cut.acted is not None]
+        outbreak = [cut.outbreak for cut in cuts if cut.outbreak is not None]
         would = [cut.would for cut in cuts if cut.would is not None]
         refused = [cut.refused for cut in cuts if cut.refused is not None]
         return Cut(
@@ -326,6 +327,7 @@ class Chain(Clipper):
             would=torch.stack(would).prod() if would else None,
             acted=torch.stack(acted).any() if acted else None,
             refused=torch.stack(refused).any() if refused else None,
+            outbreak=torch.stack(outbreak).any() if outbreak else None,
         )
 
     def apply(self, gradients: Gradients, cut: Cut) -> None:

@@ -136,6 +136,7 @@ class Cut:
         would: The coefficient of a dry run, shape (): what would have been done; None where it is none.
         acted: Whether what the gate let through changes, or in a dry run would change, anything, shape (), bool.
         refused: Whether a part was NaN, Inf or negative, and the neutral value was put in its place, shape (), bool.
+        outbreak: Whether the gate stands open for longer than this one step, shape (), bool; None where there is none.
 
     Example:
         >>> Cut([torch.tensor(0.5)], torch.tensor(True)).where(torch.tensor(False)).parts
@@ -151,6 +152,7 @@ class Cut:
     would: Tensor | None = None
     acted: Tensor | None = None
     refused: Tensor | None = None
+    outbreak: Tensor | None = None
 
     def where(self, flag: Tensor) -> Cut:
         """The same cut where `flag` is set, and nothing at all where it is not."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_gradhealth.gradients.clipping import Cut
 from lightning_gradhealth.norms import wide
 
-FLAGS = ("coefficient", "clipped", "armed", "would", "acted", "refused")
+FLAGS = ("coefficient", "clipped", "armed", "would", "acted", "refused", "outbreak")
 
 
 def flags_of(cut: Cut) -> Tensor:
@@ -18,7 +18,7 @@ def flags_of(cut: Cut) -> Tensor:
 
     Example:
         >>> flags_of(Cut([], clipped=torch.tensor(True), coefficient=torch.tensor(0.5))).tolist()
-        [0.5, 1.0, nan, nan, nan, nan]
+        [0.5, 1.0, nan, nan, nan, nan, nan]
     """
     dtype = wide(cut.clipped.device)
     none = torch.full((), math.nan, dtype=dtype, device=cut.clipped.device)
@@ -30,8 +30,8 @@ def without_effect(flags: Tensor, skipped: Tensor) -> Tensor:
     """The flags of a cut, but those of none where the step is skipped: nothing was clipped.
 
     Example:
-        >>> without_effect(torch.tensor([0.5, 1.0, 1.0, math.nan, 1.0, 0.0]), torch.tensor(True))
-        tensor([nan, 0., nan, nan, 0., 0.])
+        >>> without_effect(torch.tensor([0.5, 1.0, 1.0, math.nan, 1.0, 0.0, 0.0]), torch.tensor(True))
+        tensor([nan, 0., nan, nan, 0., 0., nan])
     """
     none, zero = flags.new_full((), math.nan), flags.new_zeros(())
-    return torch.where(skipped, torch.stack([none, zero, none, none, zero, zero]), flags)
+    return torch.where(skipped, torch.stack([none, zero, none, none, zero, zero, none]), flags)

@@ -99,6 +99,7 @@ class WhenExploding(Clipper):
         """Judge the norm, and open or close the gate."""
         norm = gradients.total
         armed, usual = self._judge(norm)
+        outbreak = self.state["left"] > 0
         if self.warmup_norm is not None:
             early = (self.state["count"] <= self.WARMUP) & (norm > self.warmup_norm)
             armed, usual = armed | early, torch.where(early, usual.clamp(max=self.warmup_norm), usual)
@@ -107,7 +108,7 @@ class WhenExploding(Clipper):
         acted = cut.clipped
         if self.dry_run:
             cut = replace(cut.where(torch.zeros_like(armed)), would=self._effect(gradients, cut))
-        return replace(cut, armed=armed, acted=acted)
+        return replace(cut, armed=armed, acted=acted, outbreak=outbreak)
 
     def _effect(self, gradients: Gradients, cut: Cut) -> Tensor:
         """The coefficient of a cut; where it tells none, by trying it on a copy."""

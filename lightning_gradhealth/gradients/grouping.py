@@ -108,6 +108,7 @@ def _step(row: HostRow) -> StepStats:
         clipped=_flag(flags["clipped"]),
         armed=_flag(flags["armed"]),
         acted=_flag(flags["acted"]),
+        outbreak=_flag(flags["outbreak"]),
         would_clip=flags["would"],
         refused=bool(flags["refused"]),
         applied_norm=row.applied_norm,
