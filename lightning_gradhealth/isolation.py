@@ -210,9 +210,8 @@ class _Memory:
     def _keep_tensor(self, tensor: Tensor) -> None:
         with torch.no_grad():
             alias = tensor.data  # its own version counter: a graph that has saved the tensor stays valid
-            strided = tensor.layout is torch.strided
             # elements that share memory cannot be written in place, by nobody
-            shared = not strided or any(
+            shared = tensor.layout is not torch.strided or any(
                 step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
             )
             copy = None if shared else _cloned(alias)
@@ -222,8 +221,7 @@ class _Memory:
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 if copy is not None:
                     alias.copy_(copy)
-                same_type = (tensor.shape, tensor.dtype, tensor.device) == (alias.shape, alias.dtype, alias.device)
-                if not same_type or (strided and not tensor.is_set_to(alias)):  # `tensor.data = ...`
+                if _place(tensor) != _place(alias):  # `tensor.data = ...`
                     tensor.data = alias
 
         self._undo.append(undo)
@@ -260,6 +258,14 @@ class _Memory:
         for part in module.modules():
             flag = part.training
             self._undo.append(lambda part=part, flag=flag: setattr(part, "training", flag))  # type: ignore[misc]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor is and where it lies in memory, where that can be said."""
+    kind = (tensor.shape, tensor.dtype, tensor.device)
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return kind
+    return (*kind, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride())
 
 
 def _cloned(tensor: Tensor) -> Tensor:

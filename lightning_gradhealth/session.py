@@ -320,7 +320,9 @@ class HealthSession:
 
     @never_fatal(together=True)
     def _add_loss(self, loss: Tensor | float) -> None:
-        value = loss.detach().reshape(()).clone() if isinstance(loss, Tensor) else float(loss)
+        value = float(loss) if not isinstance(loss, Tensor) else loss.detach().clone()
+        if isinstance(value, Tensor) and value.ndim:
+            value = value.reshape(())
         self._losses = value if self._losses is None else self._losses + value
         waiting = False
         for row in reversed(self.monitor.rows):

@@ -30,12 +30,12 @@ class Operators(TorchDispatchMode):
 def observed(
     depth: int, width: int = 20, clip: gh.Clipper | str | None = None
 ) -> tuple[HealthSession, torch.optim.Optimizer, nn.Module]:
-    """A session that has its probed first steps behind it."""
+    """A session that has its probed first steps behind it, the last of them step 32."""
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     session = HealthSession(model, clip=clip, probe_every_n_steps=1_000)
     model(torch.randn(2, width)).square().mean().backward()
-    for _ in range(3):
+    for _ in range(33):
         session.apply(session.observe(optimizer, loss=0.0))
         optimizer.step()
     session.flush()
@@ -93,4 +93,4 @@ def test_clipping_by_one_factor_costs_one_more_pass_and_no_operator_a_layer(clip
     few, many = operators(2), operators(200)
     assert few == many
     assert many["aten::_foreach_mul_.Tensor"] == many["aten::_foreach_norm.Scalar"] == 1
-    assert sum(many.values()) < 160
+    assert sum(many.values()) < 170  # a dozen of them see to it that no factor is NaN or negative

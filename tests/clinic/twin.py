@@ -242,7 +242,7 @@ class Twin(pl.Callback):
 
     def swallowed(self) -> list[float]:
         """By how many powers of ten the gradient falls at one layer, where the weights of one are tiny at the start."""
-        first = [size for size, numel in next(iter(self.weights.values()), {}).values() if numel >= 64]
+        first = [size for size, numel in next(iter(self.weights.values()), {}).values() if numel >= 64][:-1]  # no head
         if len(first) < 3 or min(first) >= 0.1 * np.median(first):  # its biases are not scaled
             return []
         ways = [np.array(signal) for signal in self.backward if len(signal) > 1 and min(signal) > 0.0]
