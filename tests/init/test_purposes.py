@@ -309,8 +309,11 @@ def test_a_model_that_wants_all_its_rows_gets_them():
 
 
 def test_a_batch_of_a_loader_is_recognised():
+    report = init_weights(nn.Linear(4, 2), [torch.randn(3, 4), torch.zeros(3)], seed=0)
+    assert report.source.startswith("trace")
+    assert "forward was given a part of the batch: its first entry" in report.notes
     with pytest.raises(ValueError, match=r"as a DataLoader gives: pass the inputs alone, such as batch\[0\]"):
-        init_weights(nn.Linear(4, 2), [torch.randn(3, 4), torch.zeros(3)], seed=0)
+        init_weights(nn.Linear(4, 2), [torch.randn(3, 5), torch.zeros(3)], seed=0)
 
 
 def test_a_model_in_two_places_is_told():
