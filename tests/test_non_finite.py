@@ -182,7 +182,8 @@ def test_after_an_unread_skip_the_next_one_is_searched(caplog: pytest.LogCapture
             self.origins.append(findings[0].evidence["origin"] if findings else "")
 
     health, counter = GradHealth(on_non_finite="skip"), Reads()
-    fit(make("Adam, fused"), data(24, bad=[2, 13, 18]), health, counter, log_every_n_steps=5)
+    bad = [3, 13, 18]  # at none of these a probe sees it
+    fit(make("Adam, fused"), data(24, bad), health, counter, log_every_n_steps=5)
     bare = CountReads()
     fit(make("Adam, fused"), data(24), bare, log_every_n_steps=5)
     extra = [seen - without for seen, without in zip(counter.per_step, bare.per_step, strict=True)]
@@ -194,7 +195,7 @@ def test_after_an_unread_skip_the_next_one_is_searched(caplog: pytest.LogCapture
     report = health.report()
     assert report.skipped_steps == 3
     (finding,) = report.findings
-    assert (finding.first_step, finding.evidence["skipped"], finding.evidence["origin"]) == (2, 3, ORIGIN)
+    assert (finding.first_step, finding.evidence["skipped"], finding.evidence["origin"]) == (3, 3, ORIGIN)
     assert sum(ORIGIN in record.message for record in caplog.records) == 1
 
 
@@ -204,7 +205,7 @@ def test_raise(name: str) -> None:
     with pytest.raises(NonFiniteGradientError) as error:
         fit(model, data(12, bad=[7]), health)
     assert f"at step 7 ({ORIGIN})" in str(error.value)
-    assert "the weights are those before that step. Remedy: a smaller learning rate" in str(error.value)
+    assert "the weights are those before that step. Remedy: look for log(0)" in str(error.value)
     fit(before := make(name), data(12)[:7])
     assert same(model.state_dict(), before.state_dict())
     report = health.report()

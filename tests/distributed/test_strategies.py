@@ -24,7 +24,8 @@ import fits
 import ranks
 from fits import ADAPTIVE, Answer, Fit
 
-from lightning_gradhealth import Chain, HealthSession, LayerwiseClip, NormClip, UnitwiseClip, ValueClip
+from lightning_gradhealth import Chain, HealthSession, LayerwiseClip, NormClip, UnitwiseClip, ValueClip, guard
+from lightning_gradhealth.session import ALWAYS_PROBED
 
 Answers = list[dict[str, Answer]]
 
@@ -252,7 +253,7 @@ def test_one_collective_a_step(every: tuple[list[Answer], Answer], request: pyte
         usual = 0 if kind == "ddp" else 1
         for step, (count, without) in enumerate(zip(mine, bare, strict=True)):
             expected = usual + EXTRA.get(f"{kind} {clip}", 0)
-            if step < 2 or step % fits.PROBES == fits.PROBES - 1:  # a probe
+            if step in ALWAYS_PROBED or step % fits.PROBES == fits.PROBES - 1:
                 expected += usual + (EXTRA["sp watched"] if (kind, clip) == ("sp", "watched") else 0)
             expected += 1 if step else 1 + AGREEMENT  # signals: first steps, until units have had samples enough
             expected += kind == "fsdp1" and step == 0  # the sizes of the whole parameters
@@ -352,7 +353,7 @@ def test_no_rank_steps_aside_alone(health: dict[str, Any], monkeypatch: pytest.M
         raise OSError("the disk is full")
 
     monkeypatch.setattr(HealthSession, "flush", fails)
-    monkeypatch.setattr(fits.pl.Trainer, "world_size", 2)
+    monkeypatch.setattr(guard, "world_size", lambda: 2)
     answer = fits.run("one", Fit(health, steps=6))
     if health:
         assert "GradHealthError: GradHealth cannot step aside on one rank alone" in answer["error"]
