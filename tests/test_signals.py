@@ -395,9 +395,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+def runs_lstm_in_bfloat16() -> bool:
+    """Whether torch can do so on this processor: its library of kernels leaves some out."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(2, 2)(torch.randn(2, 1, 2))
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("precision", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sums_are_those_of_the_twin(name: str, precision: str) -> None:
+    if (name, precision) == ("lstm", "bfloat16") and not runs_lstm_in_bfloat16():
+        pytest.skip("torch runs no LSTM in bfloat16 on this processor")
     make, shape = MODELS[name]
     model = make()
     if precision == "float64":
