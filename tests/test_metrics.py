@@ -487,7 +487,11 @@ def test_plot(index: int) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: GradientNorm("median"), ValueError, "reduction must be one of 'mean', 'max', got 'median'; leave"),
+        (
+            lambda: GradientNorm("median"),
+            ValueError,
+            "reduction must be one of 'mean', 'max', got 'median'; did you mean",
+        ),
         (lambda: GradientNormRatio(reduction="mean"), ValueError, "reduction must be one of None, 'max', 'min', got"),
         (lambda: GradientNormRatio(0), ValueError, "layers as a depth must be an int >= 1, got 0"),
         (lambda: DeadUnitFraction("tanh"), ValueError, "one of 'relu', 'relu6', got 'tanh'; .*SaturatedUnitFraction"),

@@ -368,9 +368,10 @@ def test_non_finite_outputs_name_the_module() -> None:
 def test_a_bad_loss_and_bad_gradients() -> None:
     net = stack(3)
     finding = diagnose(net, (inputs(), labels()), lambda out, y: out.sum() * math.inf).findings[0]
-    assert finding.summary == "the loss is NaN or Inf"
+    assert finding.summary.startswith("the loss is NaN or Inf; the loss of Sequential is not finite")
     finding = diagnose(net, (inputs(), labels()), lambda out, y: (out - out).sum().sqrt()).findings[0]
-    assert finding.summary == "gradients are NaN or Inf"
+    where = "the gradients turn non-finite in the backward pass of Sequential, at Sqrt"
+    assert finding.summary == f"gradients are NaN or Inf; {where}"
 
 
 def test_masks_of_attention_are_no_news() -> None:

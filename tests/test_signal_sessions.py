@@ -655,6 +655,7 @@ def test_resumed_inside_a_window_it_says_what_the_unbroken_one_says(cut: int, tm
 
     def steps(session: HealthSession, model: nn.Module, numbers: range) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        session.monitor.index_of(optimizer)  # as the callback does, so that its gradients are known before its step
         for number in numbers:
             optimizer.zero_grad()
             x = torch.randn(50, 4, generator=torch.Generator().manual_seed(number))
