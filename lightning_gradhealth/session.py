@@ -221,7 +221,7 @@ class HealthSession:
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         what = f"gradients that are gone before optimizers step ({shown})"
         if self.judgement.lose(what, _IN_BACKWARD, step):
-            self._announce(f"gradhealth: {what} are not watched: {_IN_BACKWARD}")
+            say(f"gradhealth: {what} are not watched: {_IN_BACKWARD}", through=self._announce)
 
     def _is_probed(self, count: int) -> bool:
         """Whether the step of an optimizer after `count` others is probed."""

@@ -13,6 +13,7 @@ from torch import nn
 from lightning_gradhealth.flows import SignalChain
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import Layout
+from lightning_gradhealth.messages import reason_of
 from lightning_gradhealth.naming import name_of
 from lightning_gradhealth.norms import read_once
 from lightning_gradhealth.origin import Origin
@@ -217,8 +218,7 @@ class Account:
         try:
             change = of_init(self.model, self.first.call)
         except Exception as error:  # the diagnosis stands without this advice
-            line = next(iter(str(error).splitlines()), "")
-            note = f"what gh.init_weights would change is not known ({type(error).__name__}: {line})"
+            note = f"what gh.init_weights would change is not known ({reason_of(error)})"
             return replace(report, notes=(*report.notes, note))
         return replace(report, remedies=(*([change] if change else []), *report.remedies))
 

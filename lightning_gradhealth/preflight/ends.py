@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhealth.layers import unwrap
+from lightning_gradhealth.messages import reason_of
 from lightning_gradhealth.steps import step_arguments
 from lightning_gradhealth.tracing.record import as_arguments
 from lightning_gradhealth.trees import tensors
@@ -79,7 +80,7 @@ def from_loss(model: nn.Module, pair: tuple[Any, Any], loss_fn: Callable[..., An
     except Exception as error:
         raise ValueError(
             f"loss_fn must take the model's output and y, got {_shapes(output)} and {_shapes(target)}:"
-            f" {_said(error)}; it is called as loss_fn(model(x), y) for batch = (x, y)"
+            f" {reason_of(error)}; it is called as loss_fn(model(x), y) for batch = (x, y)"
         ) from error
     return with_loss(loss, "loss_fn")
 
@@ -208,12 +209,8 @@ def _refused(name: str, what: str, model: nn.Module, value: Any, error: Exceptio
     if strange is not None and "device" in str(error).lower():
         home = min(map(str, homes))
         move = f'move it by .to("{home}")'
-        return f"{name} must be on the device of the model, {home}, got {strange}; {move}: {_said(error)}"
-    return f"{name} must go through {what}, got {_shapes(value)}: {_said(error)}{hint}"
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return f"{name} must be on the device of the model, {home}, got {strange}; {move}: {reason_of(error)}"
+    return f"{name} must go through {what}, got {_shapes(value)}: {reason_of(error)}{hint}"
 
 
 def _shapes(value: Any) -> str:
