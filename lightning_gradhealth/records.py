@@ -603,7 +603,7 @@ class FlowReport(Record):
 
     Attributes:
         layers: Every layer, in order of first use: `forward_rms`, `forward_gain`, `backward_rms`, `backward_gain`,
-            `activation`, `dead_fraction`, `saturated_fraction`, `grad_norm`.
+            `activation`, `dead_fraction`, `saturated_fraction`, `grad_norm`, `matrix_rms`.
         chain: The main chain: the points that all of the signal goes through.
         forward_gain: What one layer of the main chain multiplies the signal by, fitted over all; None: not measured.
         backward_gain: The same of the gradient on its way back.

@@ -384,6 +384,10 @@ SITUATIONS: dict[str, Situation] = {
     "validation with gradients": S(run=validated, options={"inference_mode": False}),
     "early stopping": S(run=validated, callbacks=lambda _: [cb.EarlyStopping("val", patience=0, min_delta=10.0)]),
     "stochastic weight averaging": S(callbacks=lambda _: [cb.StochasticWeightAveraging(1e-2, swa_epoch_start=1)]),
+    "stochastic weight averaging with batch norm": S(
+        lambda: Everyday(nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))),
+        callbacks=lambda _: [cb.StochasticWeightAveraging(1e-2, swa_epoch_start=1)],
+    ),
     "an exponential average of weights": S(run=validated, callbacks=lambda _: [cb.EMAWeightAveraging(decay=0.9)]),
     "a rate finder": S(run=with_rate_found),
     "a batch size finder": S(run=with_batch_size_found, data=Tuned),
@@ -402,6 +406,7 @@ SITUATIONS: dict[str, Situation] = {
     "manual, every other batch": S(lambda: Manual("every other batch")),
     "LBFGS": S(lambda: Everyday(None, LBFGS, lr=0.01, max_iter=2)),
     "a dict as output": S(lambda: Outputs("dict")),
+    "steps without a loss": S(lambda: Outputs("None")),
     "a loss of one element": S(lambda: Outputs("shape (1,)")),
     "hooks overridden": S(Overrides),
     "clipping by norm": S(options={"gradient_clip_val": 0.1}),

@@ -320,6 +320,15 @@ def test_what_only_looks_like_it_is_silent(loss: Loss) -> None:
     assert not ending.squashed
 
 
+@pytest.mark.parametrize(("loss", "squashed"), [(SQUASHED["softmax"], True), (NOT_SQUASHED["scaled sigmoid"], False)])
+def test_diagnose_finds_squashed_logits(loss: Loss, squashed: bool) -> None:
+    net, x = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)), torch.randn(32, 8)
+    report = gh.diagnose(net, (x, x), lambda output, x: loss(lambda _: output, x))  # type: ignore[arg-type,return-value]
+    finding = found(report, "squashed_logits")
+    assert (finding is not None) is squashed
+    assert not squashed or finding.layers == ("2",)
+
+
 def test_the_rules_know_what_they_say_in_every_state() -> None:
     rules: dict[str, Rule] = {type(rule).__name__: rule for rule in default_rules(gh.Thresholds())}
     assert {"NotInOptimizer", "CarriedOver", "SquashedOnce"} <= rules.keys()
@@ -463,6 +472,35 @@ def test_one_layer_that_swallows_the_signal_is_named_and_the_code_mends_it(place
     assert finding.evidence["neighbours_rms"] == pytest.approx(0.25, rel=0.2)
     exec(finding.code, {"model": model})
     assert not train(model, torch.optim.SGD(model.parameters(), lr=1e-3)).conditions
+
+
+class Audio(nn.Sequential):
+    def __init__(self, size: float) -> None:
+        torch.manual_seed(0)
+        convs = [nn.Conv1d(4 if number == 0 else 16, 16, 5, padding=2) for number in range(6)]
+        for conv in convs:
+            nn.init.kaiming_normal_(conv.weight)
+        convs[3].weight.data.mul_(size)
+        head = nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(16, 1)
+        super().__init__(*(part for conv in convs for part in (conv, nn.SiLU())), *head)
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "name"),
+    [
+        (lambda size: deep(4, size), torch.randn(64, 8), "8"),
+        (lambda size: deep(2, size), torch.randn(64, 8), "4"),
+        (Audio, torch.randn(32, 4, 32), "6"),
+    ],
+)
+@pytest.mark.parametrize("with_loss", [True, False])
+def test_diagnose_names_the_layer_that_swallows_the_signal(make: Any, x: Tensor, name: str, with_loss: bool) -> None:
+    loss = functional.mse_loss if with_loss else None
+    batch = (x, torch.ones(len(x), 1)) if with_loss else x
+    finding = found(gh.diagnose(make(1e-5), batch, loss), "vanishing_gradients")
+    assert finding.layers == (name,)
+    assert finding.evidence["weight_rms"] < 1e-4 * finding.evidence["neighbours_rms"]
+    assert not found(gh.diagnose(make(1.0), batch, loss), "vanishing_gradients")
 
 
 @pytest.mark.parametrize(("place", "size", "norm"), [(None, 1.0, False), (4, 1e-5, True), (4, 0.1, False)])

@@ -546,6 +546,13 @@ def test_a_forget_gate_that_is_open_remembers() -> None:
 # --- bad input ---
 
 
+def pretrained(weight: float) -> nn.RNN:
+    rnn = nn.RNN(3, 4, nonlinearity="relu")
+    nn.init.constant_(rnn.weight_hh_l0, weight)
+    nn.init.ones_(rnn.weight_ih_l0)
+    return rnn
+
+
 @pytest.mark.parametrize(
     ("rnn", "inputs", "hx", "error", "message"),
     [
@@ -573,11 +580,19 @@ def test_a_forget_gate_that_is_open_remembers() -> None:
         (nn.LSTMCell(3, 4), torch.zeros(4, 2, 3), torch.zeros(2, 4), TypeError, "tuple of two tensors"),
         (Convolved(), torch.zeros(4, 2, 3), torch.zeros(3, 3), ValueError, "shape .2, ....*got .3, 3."),
         (Convolved(), torch.zeros(4), torch.zeros(3, 3), ValueError, "must have shape .T, batch, ....*got .4,."),
+        (nn.RNN(3, 4), torch.full((4, 2, 3), math.nan), None, ValueError, "inputs must be finite, got NaN or Inf"),
+        (nn.GRU(3, 4), torch.zeros(4, 2, 3), torch.full((1, 2, 4), math.nan), ValueError, "hx must be finite"),
+        (pretrained(math.nan), torch.zeros(4, 2, 3), None, ValueError, "'weight_hh_l0' of rnn must be finite"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(rnn: Any, inputs: Any, hx: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         temporal_flow(rnn, inputs, hx)
+
+
+def test_a_growth_beyond_the_range_of_the_dtype_is_no_bad_input() -> None:
+    flow = temporal_flow(pretrained(1e8), torch.ones(50, 2, 3))
+    assert flow.gain_per_step is None or flow.gain_per_step > 1e3
 
 
 @pytest.mark.parametrize("name", ["cotangents", "samples", "steps"])

@@ -25,6 +25,7 @@ from lightning_gradhealth.records import (
     FlowReport,
     LayerStats,
     Severity,
+    SquashedLogits,
     StepRecord,
 )
 from lightning_gradhealth.rules import Rule, Thresholds, Verdict, default_rules
@@ -37,7 +38,7 @@ SHOWN = 3
 _JUDGED = {  # what a single pass can tell; all else takes steps
     *(Condition.VANISHING_GRADIENTS, Condition.EXPLODING_GRADIENTS),
     *(Condition.VANISHING_ACTIVATIONS, Condition.EXPLODING_ACTIVATIONS),
-    *(Condition.DEAD_UNITS, Condition.SATURATED_UNITS),
+    *(Condition.DEAD_UNITS, Condition.SATURATED_UNITS, Condition.SQUASHED_LOGITS),
 }
 
 
@@ -99,8 +100,9 @@ class Account:
         values = iter(read_once([*(done.numbers for done in passes), *vectors]))
         numbers = [next(values) for _ in passes]
         self.signals = _medians([reading.read(*(next(values) for _ in reading.vectors())) for reading in readings])
-        *norms, self.bad, loss = [_median(column) or 0.0 for column in zip(*numbers, strict=True)]
+        *both, self.bad, loss = [_median(column) or 0.0 for column in zip(*numbers, strict=True)]
         self.loss = loss if self.first.has_loss else None
+        norms, self.sizes = both[: len(both) // 2], both[len(both) // 2 :]
         self.norms = [norm if came else None for norm, came in zip(norms, self.first.reached, strict=True)]
         if self.signals is not None:
             root = name_of(model)
@@ -112,7 +114,16 @@ class Account:
         Args:
             ignore: Conditions to mute, as condition -> regex of layer names.
         """
-        record = StepRecord(step=0, layers=self._layers(), probed=True, kinds=self.layout.kinds)
+        squashed = self.first.squashed
+        record = StepRecord(
+            step=0,
+            layers=self._layers(),
+            probed=True,
+            kinds=self.layout.kinds,
+            squashed=SquashedLogits(**{**squashed, "layer": self.layout.layer_of(squashed["layer"])})
+            if squashed
+            else None,
+        )
         record = with_signals(record, [] if self.signals is None else [self.signals], self.layout.layer_of)
         judgement = Judgement(self._rules(record), dict(ignore))
         judgement.add(record)
@@ -140,15 +151,19 @@ class Account:
         """The layers in order of first use, with what the gradients tell of them."""
         found = []
         slot_norms = {id(p): norm for p, norm in zip(self.model.parameters(), self.norms, strict=True)}
+        sizes = {id(p): size for p, size in zip(self.model.parameters(), self.sizes, strict=True) if p.ndim > 1}
         for index in self.layout.order():
             slots = [self.layout.slots[member] for member in self.layout.members[index]]
             norms = [norm for slot in slots if (norm := slot_norms[id(slot.parameter)]) is not None]
             frozen = not any(slot.parameter.requires_grad for slot in slots)
+            matrices = [slot.parameter for slot in slots if id(slot.parameter) in sizes]
+            numel = sum(matrix.numel() for matrix in matrices)
             silent = [s for s in slots if s.parameter.requires_grad and slot_norms[id(s.parameter)] is None]
             stats = LayerStats(
                 self.layout.names[index],
                 numel=sum(slot.parameter.numel() for slot in slots),
                 grad_norm=math.hypot(*norms) if norms else None,
+                matrix_rms=math.hypot(*(sizes[id(p)] for p in matrices)) / math.sqrt(numel) if numel else None,
                 frozen=frozen,
                 without_grad=tuple(slot.name for slot in silent),
                 optimizer=None if frozen else 0,

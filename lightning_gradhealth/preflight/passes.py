@@ -44,8 +44,9 @@ class Pass:
 
     Attributes:
         reading: The signals; None where nothing was measured.
-        numbers: The norm of the gradient of every parameter (0 for none), how many numbers among those that the
-            forward pass ends in are not finite, and the loss: shape (parameters + 2,).
+        numbers: The norms of the gradients of all parameters (0 for none), the norms of the parameters, how many
+            numbers among those that the forward pass ends in are not finite, and the loss: shape (2 parameters + 2,).
+        squashed: What squashes the logits of the loss, as in `Ending`; empty: nothing.
         reached: Whether a gradient came, by parameter.
         has_loss: There is a loss.
         call: The outermost call.
@@ -54,6 +55,7 @@ class Pass:
 
     reading: Reading | None
     numbers: Tensor
+    squashed: dict[str, Any]
     reached: tuple[bool, ...]
     has_loss: bool
     call: FirstCall
@@ -94,15 +96,18 @@ def _run(model: nn.Module, run: Callable[[], Ends], scale: float, seed: int, bac
             ends = run()
             starts = _directions(ends, scale, seed)
             parameters = list(model.parameters())
+            if ends.loss is not None:
+                probe.end(ends.loss)
+            squashed = probe.ending.squashed
             with probe.of_any_pass():
                 gradients = back(ends.tensors, starts, parameters)
             factor = torch.tensor(scale, dtype=torch.float64)
             reading = probe.close(scale=None if scale == 1.0 else factor, flows=probe.temporal_flows())
-            numbers = _numbers(ends, gradients, scale)
+            numbers = _numbers(ends, parameters, gradients, scale)
         finally:
             probe.pause()
     reached = tuple(gradient is not None for gradient in gradients)
-    return Pass(reading, numbers, reached, ends.loss is not None, call, tuple(_notes(probe)))
+    return Pass(reading, numbers, squashed, reached, ends.loss is not None, call, tuple(_notes(probe)))
 
 
 def _notes(probe: SignalProbe) -> Iterator[str]:
@@ -121,11 +126,16 @@ def _directions(ends: Ends, scale: float, seed: int) -> list[Tensor]:
     return [(scale * start).to(end) for start, end in zip(drawn, ends.tensors, strict=True)]
 
 
-def _numbers(ends: Ends, gradients: Sequence[Tensor | None], scale: float) -> Tensor:
-    norms = norms_or_zero(gradients, ends.tensors[0].device) / scale
+def _numbers(
+    ends: Ends, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], scale: float
+) -> Tensor:
+    device = ends.tensors[0].device
+    norms = norms_or_zero(gradients, device) / scale
+    floats = [p.detach() if p.is_floating_point() or p.is_complex() else None for p in parameters]
+    sizes = norms_or_zero(floats, device).to(norms)
     flags = [(~end.detach().isfinite()).sum().to(norms) for end in ends.tensors]
     loss = norms.new_zeros(()) if ends.loss is None else ends.loss.detach().reshape(())
-    return torch.cat([norms, torch.stack([torch.stack(flags).sum(), loss.to(norms)])])
+    return torch.cat([norms, sizes, torch.stack([torch.stack(flags).sum(), loss.to(norms)])])
 
 
 # --- the backward pass ---

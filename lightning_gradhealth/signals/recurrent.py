@@ -8,6 +8,7 @@ time, so that memory does not grow with the length, and rescaled at every step, 
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_gradhealth.isolation import undisturbed
 from lightning_gradhealth.norms import read_once, wide
 from lightning_gradhealth.sharding import is_sharded
 from lightning_gradhealth.signals.unrolling import ACCEPTED, State, Step, Unrolled, unrolled
+from lightning_gradhealth.trees import tensors
 
 COTANGENTS = 64
 _SEED = 0x5EED  # the same directions at every call: differences between calls are of the module
@@ -49,7 +51,8 @@ def temporal_flow(rnn: nn.Module, inputs: Tensor | PackedSequence, hx: Any = Non
 
     Raises:
         TypeError: The module is not recurrent, or `inputs` or `hx` is of another type.
-        ValueError: Shapes, dtypes or devices do not fit the module, or there are fewer than two steps.
+        ValueError: Shapes, dtypes or devices do not fit the module, there are fewer than two steps, or NaN or Inf is
+            in the inputs, the state or the parameters.
 
     Example:
         >>> rnn = nn.RNN(3, 4)
@@ -64,7 +67,19 @@ def temporal_flow(rnn: nn.Module, inputs: Tensor | PackedSequence, hx: Any = Non
     found = flow_norms(rnn, inputs, hx)
     if next(iter(found.values())).numel() < 2:
         raise ValueError("inputs must have at least 2 steps, got 1: there is no way back through time; give a sequence")
-    return TemporalFlow.of(dict(zip(found, read_once(list(found.values())), strict=True)))
+    flow = TemporalFlow.of(dict(zip(found, read_once(list(found.values())), strict=True)))
+    if any(math.isnan(norm) for norms in (flow.by_layer or {}).values() for norm in norms):
+        _find_nan(rnn, inputs, hx)
+    return flow
+
+
+def _find_nan(rnn: nn.Module, inputs: Any, hx: Any) -> None:
+    """Say where NaN or Inf came in; silent where it did not: a gradient that outgrows its dtype ends as NaN, too."""
+    given = [("inputs", inputs), ("hx", hx)]
+    given += [(f"the parameter {name!r} of rnn", parameter) for name, parameter in rnn.named_parameters()]
+    for name, value in given:
+        if any(not bool(tensor.detach().isfinite().all()) for tensor in tensors(value)):
+            raise ValueError(f"{name} must be finite, got NaN or Inf; without them: torch.nan_to_num(...)")
 
 
 def flow_norms(
