@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numbers
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -233,6 +233,26 @@ class Layout:
         """Give a slot to a parameter that an optimizer holds but the model does not."""
         self._add(name, parameter, name, "", None, embedding=False)
         return self.slot_of[id(parameter)]
+
+    def let_go(self, stepped: Collection[int]) -> list[int]:
+        """Forget parameters that the model no longer has, so that they need not stay in memory; their slots remain.
+
+        Args:
+            stepped: Identities of the parameters that optimizers hold, which are kept.
+
+        Returns:
+            The slots of those that were let go.
+        """
+        kept = {id(parameter) for parameter in self.model.parameters()}.union(stepped)
+        gone = [number for number, slot in enumerate(self.slots) if self.slot_of.get(id(slot.parameter)) == number]
+        gone = [number for number in gone if id(self.slots[number].parameter) not in kept]
+        for number in gone:
+            slot = self.slots[number]
+            del self.slot_of[id(slot.parameter)]
+            shape = torch.empty_like(slot.parameter, device="meta")
+            self.slots[number] = replace(slot, parameter=nn.Parameter(shape, requires_grad=False))
+            self.sizes[number] = 0
+        return gone
 
     def _add(
         self, name: str, parameter: nn.Parameter, layer: str, owner: str, module: nn.Module | None, embedding: bool

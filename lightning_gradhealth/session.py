@@ -389,6 +389,8 @@ class HealthSession:
             say(f"gradhealth: {_refused(self.judgement)}", through=self._announce)
         self._unlogged = self._gathered(records)
         self._latest = self.judgement
+        self.monitor.let_go()
+        self.signals.let_go()
         self.response.review(zip(rows, (step for record in records for step in record.window), strict=True))
 
     def _gathered(self, records: Sequence[StepRecord]) -> StepRecord | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Classifier, batches, mlp, trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
@@ -330,3 +331,90 @@ def test_two_optimizers_of_one_round_have_one_x_value() -> None:
             part(torch.randn(4, 8)).sum().backward()
         seen.append(monitor.observe(optimizer).row.step)
     assert seen == [0, 0, 1, 1, 2, 3, 3]
+
+
+class Head(nn.Linear):
+    """The last layer of the net, of a shape that nothing else has."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 7)
+
+
+def heads_alive() -> int:
+    """Weights of heads that are still in memory; a weak reference to a parameter forbids torch to swap it."""
+    gc.collect()
+    found = (each for each in gc.get_objects() if isinstance(each, nn.Parameter) and not each.is_meta)
+    return sum(each.shape == (7, 8) for each in found)
+
+
+@pytest.mark.parametrize("flushed", [1, 4])
+def test_replaced_heads_are_let_go_and_the_new_one_is_measured(flushed: int) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), Head())
+    session, before = HealthSession(model, probe_every_n_steps=1), heads_alive()
+    for _ in range(20):
+        model[2] = Head()
+        optimizer = Adam(model.parameters(), lr=0.01)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(4, 8)).square().mean().backward()
+            session.apply(session.observe(optimizer))
+            old = torch.cat([p.detach().flatten() for p in model[2].parameters()])
+            optimizer.step()
+            if step % flushed == flushed - 1:
+                record = session.flush()
+        new = torch.cat([p.detach().flatten() for p in model[2].parameters()])
+        head = next(layer for layer in record.layers if layer.name == "2")
+        assert head.update_to_weight == pytest.approx(((new - old).norm() / old.norm()).item(), rel=1e-4)
+        assert head.numel == 63
+    assert heads_alive() == before
+    report = session.report()
+    assert not report.aside
+    assert [layer.name for layer in report.layers] == ["0", "2"]
+    session.close()
+
+
+def test_heads_replaced_within_a_fit_are_let_go() -> None:
+    class Swaps(Callback):
+        def __init__(self) -> None:
+            self.alive = 0
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step % 3 == 2:
+                pl_module.net[-1] = Head()
+                trainer.optimizers[0].param_groups[0]["params"] = list(pl_module.parameters())
+                trainer.optimizers[0].state.clear()
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            self.alive = heads_alive()
+
+    before, swaps, health = heads_alive(), Swaps(), GradHealth(probe_every_n_steps=1)
+    trainer(health, swaps, max_steps=63, max_epochs=-1, log_every_n_steps=3).fit(Classifier(mlp(width=8)), batches())
+    assert swaps.alive == before + 1
+    assert health.report().steps == 63
+    assert not health.report().aside
+
+
+@pytest.mark.parametrize("broken", ["torch._foreach_norm", "torch.take", "torch.cat"])
+def test_a_failure_behind_the_optimizers_step_stays_there(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    class Breaks(SGD):
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            patch.setattr(broken, full)  # until the hook behind this step is over
+            return loss
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    session, optimizer = HealthSession(model, probe_every_n_steps=1), Breaks(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64)).square().mean().backward()
+        session.apply(session.observe(optimizer))
+        with monkeypatch.context() as patch:
+            optimizer.step()
+    report = session.report()
+    assert report.steps == 3
+    assert not report.aside
+    assert all(layer.grad_norm and not layer.update_to_weight for layer in report.layers) or broken != "torch.cat"
+    assert [note for note in report.notes if note.startswith("update/weight: not measured")]

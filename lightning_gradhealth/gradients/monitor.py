@@ -257,6 +257,21 @@ class GradientMonitor:
         slot = self.layout.slot_of.get(id(parameter))
         return self.layout.adopt(parameter, fallback) if slot is None else slot
 
+    def let_go(self) -> None:
+        """Between two windows, forget parameters that neither the model nor an optimizer has any more.
+
+        Not where they are sharded: there the strategy takes them out of the model for a while.
+        """
+        if self.sharded or self.layout.flat:
+            return
+        alive = self._numbers.alive()
+        stepped = {id(parameter) for _, each in alive for group in each.param_groups for parameter in group["params"]}
+        for slot in self.layout.let_go(stepped):
+            self._had_grad.discard(slot)
+            self._without_grad.pop(slot, None)
+            self.gone.slots.pop(slot, None)
+        self.updates.let_go({number for number, _ in alive})
+
     # --- over ranks ---
 
     def _shard(self, optimizer: Optimizer, number: int, pattern: Pattern) -> None:
@@ -385,6 +400,7 @@ class GradientMonitor:
         """
         records = self.records(read_once(self.pending()))
         self.rows.clear()
+        self.let_go()
         return merged(records) if records else StepRecord(step=-1)
 
     # --- state ---

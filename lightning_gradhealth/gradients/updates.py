@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -120,7 +120,11 @@ class Updates:
         done = self._open.get(number)
         if done is None:
             return
-        self._close(done, optimizer, self._shardings[number])
+        try:
+            self._close(done, optimizer, self._shardings[number])
+        except Exception as error:  # a hook runs in the user's loop: nothing may come out of it
+            done.row.applied = None
+            self._lose(optimizer, reason_of(error))
         if depth:  # a step may call that of a base class, or of what it wraps: the outermost has the last word
             return
         del self._open[number]
@@ -137,8 +141,12 @@ class Updates:
             watch.probe.updates = torch.full_like(watch.probe.sampled, torch.nan)
             self._lose(optimizer, f"{type(optimizer).__name__} changes parameters as it steps ({reason_of(error)})")
         there = all(p.grad is not None or slot in flat for p, slot in zip(watch.parameters, slots, strict=True))
-        given = [None if p.grad is None else local(p.grad) for p in watch.parameters]
-        applied = norms_or_zero(given, row.norms.device, exact=False)
+        try:
+            given = [None if p.grad is None else local(p.grad) for p in watch.parameters]
+            applied = norms_or_zero(given, row.norms.device, exact=False)
+        except Exception as error:
+            applied, there = torch.full_like(row.norms, torch.nan), False
+            self._lose(optimizer, reason_of(error))
         if sharding is not None:  # every rank sends as much, whatever it has
             *probe, applied = self._reduce(sharding, row, [*watch.probe.parts(), applied])
             row.probe = WeightProbe((1.0,) * len(parameters), *probe)
@@ -160,6 +168,15 @@ class Updates:
         """Measure what is over by now, before it is read."""
         for number in list(self._late):
             self._settle(number)
+
+    def let_go(self, alive: Collection[int]) -> None:
+        """Forget the open probes of optimizers that are gone; these hold their parameters.
+
+        Args:
+            alive: The numbers of the others.
+        """
+        for number in self._open.keys() - set(alive):
+            del self._open[number]
 
     def _reduce(self, sharding: Sharding, row: Row, parts: Sequence[Tensor]) -> list[Tensor]:
         """Norms of the whole from norms of this rank's parts of the parameters that have a gradient."""

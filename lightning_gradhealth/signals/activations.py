@@ -111,6 +111,14 @@ class SignalProbe:
         self._seen = seen
         self._modules, self.hidden = watched_modules(self.model, compiled=self._compiled)
 
+    def let_go(self) -> None:
+        """Between two probes, forget modules that the model no longer has; the next probe looks anew."""
+        if self.is_open:
+            return
+        kept = set(self.model.modules())
+        self._modules = {module: watched for module, watched in self._modules.items() if module in kept}
+        self._seen = [(module, compiled) for module, compiled in self._seen if module in kept]
+
     @property
     def wants_samples(self) -> bool:
         """Whether there are activations whose units have never been judged, for want of samples.
