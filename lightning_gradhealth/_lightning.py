@@ -55,7 +55,8 @@ def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | floa
     Args:
         trainer: The Trainer.
         outputs: What `training_step` has returned.
-        key: The name of that metric; None: in manual optimization all that are called a loss, added up.
+        key: The name of that metric; None: in manual optimization, where `manual_backward` was not called, all that
+            are called a loss, added up.
     """
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if not isinstance(loss, (Tensor, float)):
@@ -76,6 +77,40 @@ def _logged_losses(trainer: pl.Trainer) -> Tensor | None:
     ]
     single = [value.detach() for value in losses if value.numel() == 1]
     return sum(single[1:], single[0].clone()) if single else None
+
+
+class BackwardLosses:
+    """In manual optimization: the losses given to `manual_backward`, which are those of the optimizer that steps next.
+
+    What is logged may be old, or the sum over several optimizers; this is neither. Nothing is read from the device.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._stepped = False  # what comes next begins anew
+        self.seen = False  # since the batch began
+
+    def add(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        """Take one in, before its backward pass; several before a step are summed, as their gradients are."""
+        if loss.numel() != 1 or loss.is_complex():
+            return
+        scaler = grad_scaler(trainer)
+        value = loss.detach().reshape(()).clone()
+        if scaler is not None and scaler.is_enabled() and scaler._scale is not None:  # Lightning has multiplied it
+            value = value / scaler._scale.to(value.device)
+        fresh = self._stepped or self._sum is None
+        self._sum = value if fresh or self._sum is None else self._sum + value
+        self._stepped, self.seen = False, True
+
+    def of_step(self) -> Tensor | None:
+        """The loss of the step that is at hand; of a second one without a backward pass between the same."""
+        self._stepped = True
+        return self._sum
+
+    def end_batch(self) -> bool:
+        """Whether there was one in the batch that ends."""
+        seen, self.seen = self.seen, False
+        return seen
 
 
 def note_on_loss(outputs: Any) -> str:

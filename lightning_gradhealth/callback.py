@@ -65,8 +65,9 @@ class GradHealth(Callback):
         ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
         thresholds: The numbers that verdicts depend on, each with its reason.
         loss_key: Name of a metric logged at every step that is the training loss, for where `training_step`
-            returns none, as in manual optimization; None: there the sum of all training losses, by their names,
-            that were given to `self.log`.
+            returns none, as in manual optimization; None: there the losses given to `manual_backward`, for each
+            optimizer those before its step (where it is not called, the sum of all training losses, by their names,
+            that were given to `self.log`).
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -126,6 +127,7 @@ class GradHealth(Callback):
         )
         self.guard = Guard.of(self.clip, self.on_non_finite, self.stop_on)
         self._logged: set[str] = set()  # the metrics that were logged where `loss_key` was not
+        self._losses = _lightning.BackwardLosses()
         self._batches = 0
         self._preflight: FlowReport | None = None
 
@@ -233,9 +235,11 @@ class GradHealth(Callback):
 
     @never_fatal(together=True)
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Look at the graph of the loss."""
+        """Look at the graph of the loss; in manual optimization it is that of the optimizer that steps next."""
         if self._session is not None:
             self._session.see_loss(loss)
+            if not pl_module.automatic_optimization and self.loss_key is None:
+                self._losses.add(trainer, loss)
 
     @never_fatal(together=True)
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -250,7 +254,8 @@ class GradHealth(Callback):
         """Look at the gradients: unscaled, accumulated, reduced, not yet clipped."""
         if self._session is not None:
             scaler, step = _lightning.grad_scaler(trainer), _lightning.logged_step(trainer)
-            self._session.apply(self._session.observe(optimizer, grad_scaler=scaler, step=step))
+            loss = self._losses.of_step()
+            self._session.apply(self._session.observe(optimizer, loss, grad_scaler=scaler, step=step))
             self._stop(trainer, self._session.response.stop)
 
     @never_fatal(together=True)
@@ -263,7 +268,8 @@ class GradHealth(Callback):
         self._batches += 1
         self._session.pause_probe()
         self._session.monitor.changed.forget()
-        loss = _lightning.loss_of(trainer, outputs, self.loss_key)
+        known = self._losses.end_batch()
+        loss = None if known else _lightning.loss_of(trainer, outputs, self.loss_key)
         if loss is not None:
             self._session.add_loss(loss)
             note = _lightning.note_on_loss(outputs)

@@ -261,8 +261,11 @@ class StepStats(Record):
         would_clip: The coefficient of a dry run: what would have been done.
         refused: A factor of the clipping was NaN, Inf or negative, and was not applied.
         applied_norm: L2 norm of what the optimizer was given, after all clipping, the Trainer's too (probed steps).
-        loss_scale: The factor of the loss by which the gradients were still multiplied when they were observed, before
-            the scaler's `unscale_`; None: by none. `total_norm` is without it.
+        loss_scale: The factor by which the loss scaler has multiplied the loss (None: there is none). The norms are
+            without it.
+        unscaled: Whether the scaler had taken it out of the gradients when they were observed (None: no scaler).
+        carried: Share, in norm, of what was left in `.grad` before the backward passes of the step in what the
+            optimizer was given; 0 where it was cleared (None: not measured).
         learning_rate: The largest rate of the optimizer's groups (None where it lives on the device).
 
     Example:
@@ -289,6 +292,8 @@ class StepStats(Record):
     applied_norm: float | None = None
     scaled: bool = False
     loss_scale: float | None = None
+    unscaled: bool | None = None
+    carried: float | None = None
     refused: bool = False
 
 

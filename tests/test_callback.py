@@ -175,6 +175,81 @@ def test_manual_optimization(key: str | None) -> None:
     assert spikes["of0"]["recent"] == pytest.approx(module.losses[:20])  # three are pending
 
 
+class Two(Classifier):
+    """Two networks, two optimizers; what it logs is old, or the sum, or nothing."""
+
+    def __init__(self, log: str = "", dying: float = 0.0, parts: int = 1) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.log_what, self.dying, self.parts = log, dying, parts
+        self.generator, self.critic = nn.Linear(8, 1), nn.Linear(8, 1)
+        self.losses: list[list[float]] = [[], []]
+
+    def critic_loss(self, x: Tensor) -> Tensor:
+        return (self.critic(x) - x[:, :1]).square().mean()
+
+    def generator_loss(self, x: Tensor) -> Tensor:
+        score = self.generator(x) - self.dying * self.global_step / 2
+        return -nn.functional.softplus(score).mean() if self.dying else (score - x[:, 1:2]).square().mean() + 1.0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        last = []
+        for number, (optimizer, loss_of) in enumerate(
+            zip(self.optimizers(), (self.generator_loss, self.critic_loss), strict=True)
+        ):
+            optimizer.zero_grad()
+            losses = [loss_of(part) / self.parts for part in batch[0].chunk(self.parts)]
+            for loss in losses:
+                self.manual_backward(loss)
+            optimizer.step()
+            last.append(torch.stack(losses).sum().detach())
+            self.losses[number].append(last[-1].item())
+        generator, critic = last
+        if self.log_what == "both":
+            self.log_dict({"generator_loss": generator, "critic_loss": critic})
+        elif self.log_what == "now and then" and batch_idx % 7 == 0:
+            self.log("loss", critic)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=0.05) for net in (self.generator, self.critic)]
+
+
+class Losses(Rule):
+    """Keeps the losses of all steps."""
+
+    condition = "losses"
+
+    def check(self, record: StepRecord) -> None:
+        for step in record.window:
+            self.memory.setdefault(f"of{step.optimizer}", []).append(step.loss)
+
+
+@pytest.mark.parametrize("log", ["", "both", "now and then"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_in_manual_optimization_a_step_has_the_loss_of_its_own_backward_passes(log: str, parts: int) -> None:
+    module, health = Two(log, parts=parts), GradHealth(rules=[Losses()])
+    fit(module, health, max_epochs=3, max_steps=-1, log_every_n_steps=8)
+    kept = health.state_dict()["judgement"]["rules"]["Losses:losses:0"]["memory"]
+    for number, losses in enumerate(module.losses):
+        assert kept[f"of{number}"] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("log", ["", "both", "now and then"])
+def test_a_generator_whose_gradient_dies_is_found_whatever_is_logged(log: str) -> None:
+    health = GradHealth()
+    fit(Two(log, dying=0.3), health, max_epochs=8, max_steps=-1)
+    (finding,) = [f for f in health.report().findings if f.condition == Condition.VANISHING_GRADIENTS]
+    assert finding.layers == ("generator",)
+    assert finding.evidence["norm_now"] < 1e-3 * finding.evidence["norm_before"]
+
+
+@pytest.mark.parametrize("log", ["", "both", "now and then"])
+def test_a_loss_that_converges_to_what_is_left_is_no_dying(log: str) -> None:
+    health = GradHealth()
+    fit(Two(log), health, max_epochs=12, max_steps=-1)
+    assert Condition.VANISHING_GRADIENTS not in health.report().conditions
+
+
 # --- what it survives ---
 
 
@@ -190,7 +265,7 @@ class PerSample(Classifier):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         losses = nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="none").reshape(self.shape)
         self.optimizers().zero_grad()
-        self.manual_backward(losses.mean())
+        losses.mean().backward()  # not by manual_backward, which would tell the loss of the step
         self.optimizers().step()
         self.means.append(losses.mean().item())
         return {"loss": losses, "more": 0} if losses.ndim > 1 else losses

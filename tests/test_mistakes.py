@@ -243,6 +243,22 @@ def test_forgotten_zero_grad_is_said_so(clear: Any, kind: Any) -> None:
     assert finding.evidence["carried_over"] > 0.1
 
 
+def test_of_two_optimizers_the_one_that_is_not_cleared_is_named() -> None:
+    one, other = tanh_net(), tanh_net()
+    optimizers = [torch.optim.SGD(net.parameters(), lr=1e-2) for net in (one, other)]
+    session = HealthSession(nn.ModuleDict({"one": one, "other": other}), probe_every_n_steps=10)
+    for _ in range(60):
+        optimizers[0].zero_grad()
+        for net, optimizer in zip((one, other), optimizers, strict=True):
+            loss = square(net, torch.randn(16, 8))
+            loss.backward()
+            session.apply(session.observe(optimizer, loss))
+            optimizer.step()
+    finding = found(session.report(), "exploding_gradients")
+    assert "accumulate" in finding.summary
+    assert finding.layers == ("other.0", "other.2")
+
+
 def zeros(optimizer: torch.optim.Optimizer, step: int) -> None:
     optimizer.zero_grad(set_to_none=False)
 
@@ -509,27 +525,55 @@ def test_a_norm_behind_it_or_a_moderate_size_is_no_swallowing(place: int | None,
     assert not train(model, torch.optim.SGD(model.parameters(), lr=1e-3)).conditions
 
 
-@pytest.mark.parametrize("right", [False, True])
-def test_clipping_before_unscale_is_said_so(right: bool) -> None:
-    torch.manual_seed(0)
+def clipped_under_a_scaler(order: str, scale: float, limit: float, kind: Any, rate: float) -> HealthReport:
+    """`order` names what happens to the gradients: u(nscaled), c(lipped), o(bserved)."""
     net = tanh_net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = kind(net.parameters(), lr=rate)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     session = HealthSession(net, probe_every_n_steps=10, announce=lambda line: None)
-    for _ in range(60):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(80):
         optimizer.zero_grad()
-        loss = square(net, torch.randn(16, 8))
+        loss = square(net, torch.randn(16, 8, generator=generator))
         scaler.scale(loss).backward()
-        if right:
-            scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        session.apply(session.observe(optimizer, loss, grad_scaler=scaler))
+        for what in order:
+            if what == "u":
+                scaler.unscale_(optimizer)
+            elif what == "c":
+                torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
+            else:
+                session.apply(session.observe(optimizer, loss, grad_scaler=scaler))
         scaler.step(optimizer)
         scaler.update()
     session.flush()
-    finding = found(session.report(), "stalled_layers")
-    if right:
+    return session.report()
+
+
+SGD, ADAM = torch.optim.SGD, torch.optim.Adam
+
+
+@pytest.mark.parametrize(
+    ("order", "scale", "limit", "kind", "rate", "severity"),
+    [
+        ("co", 2.0**16, 1.0, SGD, 1e-2, Severity.WARNING),
+        ("oc", 2.0**16, 0.5, SGD, 1e-2, Severity.WARNING),  # only what the optimizer is given tells
+        ("cuo", 2.0**16, 1.0, SGD, 1e-2, Severity.WARNING),
+        ("cuo", 2.0**12, 0.1, SGD, 1e-2, Severity.WARNING),
+        ("ouc", 2.0**16, 1.0, SGD, 1e-2, None),
+        ("uoc", 2.0**16, 0.01, SGD, 1e-2, None),
+        ("uco", 2.0**16, 0.01, SGD, 1e-2, None),  # the limit, at every step
+        ("uco", 2.0**10, 0.1, ADAM, 1e-3, None),
+        ("co", 2.0**16, 1.0, ADAM, 1e-3, Severity.INFO),  # its steps are as large all the same
+    ],
+)
+def test_clipping_before_unscale_is_said_so(
+    order: str, scale: float, limit: float, kind: Any, rate: float, severity: Severity | None
+) -> None:
+    finding = found(clipped_under_a_scaler(order, scale, limit, kind, rate), "stalled_layers")
+    if severity is None:
         assert finding is None
     else:
-        assert "loss scale 65536" in finding.summary
+        assert finding.severity is severity
+        assert f"loss scale {scale:g}" in finding.summary
         assert "unscale_" in finding.remedy
+        assert finding.evidence["norm_with_scale"] == pytest.approx(limit, rel=1e-3)

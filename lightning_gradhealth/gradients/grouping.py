@@ -58,7 +58,7 @@ def make_record(layout: Layout, rows: Sequence[HostRow], missing: Missing, group
         backward_gain=max(gains, key=_distance_from_one, default=None),
         unstepped=_unstepped(rows),
         squashed=next((SquashedLogits(**row.row.squashed) for row in rows if row.row.squashed), None),
-        carried=max((share for row in rows if (share := _carried(row)) is not None), default=None),
+        carried=max((step.carried for step in window if step.carried is not None), default=None),
         optimizers=tuple(stats for _, (stats, _) in sorted(groups.items())),
         kinds=layout.kinds,
     )
@@ -113,6 +113,8 @@ def _step(row: HostRow) -> StepStats:
         refused=bool(flags["refused"]),
         applied_norm=row.applied_norm,
         loss_scale=row.scale,
+        carried=_carried(row),
+        unscaled=None if row.scale is None else not row.row.pending,
     )
 
 

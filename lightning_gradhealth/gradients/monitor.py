@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,9 +183,10 @@ class GradientMonitor:
             pending = False
         vector = self._measure(number, pattern, tensors, exact=exact)
         scale = None
+        if grad_scaler is not None and scaled and grad_scaler._scale is not None:
+            scale = grad_scaler._scale.clone()
         if grad_scaler is not None and pending:
             vector = unscaled(vector, grad_scaler)
-            scale = cast(Tensor, grad_scaler._scale).clone()
         rates = tuple(rate(group) for group in optimizer.param_groups)
         row = Row(step, number, pattern, rates, vector, scaled)
         decision = Decision(optimizer, self._gradients(number, pattern, tensors, vector), row)
@@ -195,12 +196,13 @@ class GradientMonitor:
             if scaled:  # the scaler skips the step if one is not finite
                 row.cut = without_effect(row.cut, ~decision.total_norm.isfinite())
         carried = self._carried.pop(number, None)
-        row.scale = scale
+        row.scale, row.pending = scale, pending
         row.carried = carried if self._saw_backward else None
         self._saw_backward = False
         self.rows.append(row)
         if probe and pattern.slots:
-            self.updates.watch(given, row, self._shardings[number], still_scaled=pending)
+            inside = pending and getattr(optimizer, "_step_supports_amp_scaling", False)  # fused: unscaled in the step
+            self.updates.watch(given, row, self._shardings[number], still_scaled=inside)
         return decision
 
     def _scan(self, optimizer: Optimizer, number: int, step: int) -> tuple[Pattern, list[Tensor | None]]:

@@ -60,7 +60,8 @@ class Row:
         unstepped_norms: Their norms.
         squashed: See `SquashedLogits`, as a dict; empty: nothing is.
         carried: Norm of what was left in the gradients before the backward pass; None: not measured.
-        scale: The loss scale, shape (), where the gradients were still multiplied by it.
+        scale: The loss scale, shape (), where a loss scaler is at work.
+        pending: The gradients were still multiplied by it when they were observed.
     """
 
     step: int
@@ -81,6 +82,7 @@ class Row:
     squashed: dict[str, Any] = field(default_factory=dict)
     carried: Tensor | float | None = None
     scale: Tensor | None = None
+    pending: bool = False
 
     def vectors(self) -> list[Tensor]:
         """The device vectors to read, in the order in which `on_host` takes them back."""

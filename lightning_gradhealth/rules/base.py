@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -64,6 +64,7 @@ class Thresholds:
             this does not steer it. Where nobody clears gradients it is near 1, where somebody does 0.
         same_norm: Relative spread of the norms of `growth_window` steps, the loss scale included, up to which they are
             one and the same: what clipping sets, to the rounding of float32. Gradients spread by percents at least.
+        least_limit: Nobody clips gradients to a norm below this on purpose; recipes begin at 1e-2.
         input_rms: Root mean square of the inputs, from which on the first layer's gradient is so much larger than that
             of all others that no rate fits both; pixels from 0 to 255 are below it ...
         input_kept: ... and the share of it that the first layer passes on where nothing normalises it.
@@ -115,6 +116,7 @@ class Thresholds:
     no_gradient_steps: int = 20
     carried_over: float = 0.01
     same_norm: float = 1e-3
+    least_limit: float = 1e-3
     input_rms: float = 1e3
     input_kept: float = 0.01
     swallowed_weights: float = 0.01
@@ -327,6 +329,19 @@ def _is_plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(_is_plain(part) for part in value)
     return value is None or type(value) in (bool, int, float, str)
+
+
+def stepped_by(record: StepRecord, optimizers: Collection[int]) -> tuple[str, ...]:
+    """The layers that some of several optimizers step; nothing, the whole network, where all that there are step it.
+
+    Example:
+        >>> layers = LayerStats("g", optimizer=0), LayerStats("d", optimizer=1)
+        >>> stepped_by(StepRecord(0, layers=layers), {1}), stepped_by(StepRecord(0, layers=layers[:1]), {0})
+        (('d',), ())
+    """
+    if all(layer.optimizer in optimizers for layer in record.layers if layer.optimizer is not None):
+        return ()
+    return tuple(layer.name for layer in record.layers if layer.optimizer in optimizers)
 
 
 def keep_last(values: list[float], value: float | None, size: int) -> None:

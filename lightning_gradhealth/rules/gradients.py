@@ -13,8 +13,9 @@ from lightning_gradhealth.rules.base import (
     Rule,
     Verdict,
     keep_last,
+    stepped_by,
 )
-from lightning_gradhealth.rules.course import follow_updates, followed_updates
+from lightning_gradhealth.rules.course import follow_updates, followed_updates, mean_and_error
 from lightning_gradhealth.rules.remedies import Remedy, for_rate
 
 
@@ -107,9 +108,10 @@ class VanishingInTime(Rule):
         )
         if min(len(late_norm), len(late_loss)) < self.thresholds.growth_window:
             return NOT_MEASURED
-        before, now = median(early_norm), median(late_norm)
-        start, loss = median(early_loss), median(late_loss)
-        if now >= before / self.thresholds.time_ratio or loss <= start - self.thresholds.stalled_fall * abs(start):
+        few = self.thresholds.time_warmup  # they may die in the first steps already
+        before = max(median(early_norm[at : at + few]) for at in range(0, len(early_norm), few))
+        now, start, loss = median(late_norm), median(early_loss), median(late_loss)
+        if now >= before / self.thresholds.time_ratio or self._has_fallen(early_loss, late_loss):
             return None
         remedy = for_rate(
             followed_updates(self), "; units may have died or saturated: LeakyReLU or ELU where ReLU units died"
@@ -119,8 +121,17 @@ class VanishingInTime(Rule):
             summary=f"the gradient norm has fallen from {before:.2g} to {now:.2g}, but the loss is still {loss:.3g}",
             remedy=remedy.words,
             code=remedy.code,
+            layers=stepped_by(record, {number}),
             evidence={"norm_before": before, "norm_now": now, "loss_before": start, "loss_now": loss},
         )
+
+    def _has_fallen(self, early: list[float], late: list[float]) -> bool:
+        """Whether the loss has come down, by much or, if little, beyond doubt: to where it converges."""
+        if median(late) <= median(early) - self.thresholds.stalled_fall * abs(median(early)):
+            return True
+        (start, error_start), (now, error_now) = mean_and_error(early), mean_and_error(late)
+        least = self.thresholds.learning_fall * abs(start)
+        return start - now > max(2 * math.hypot(error_start, error_now), least)
 
 
 class NoGradient(Rule):

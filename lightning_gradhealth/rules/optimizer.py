@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_gradhealth.records import Condition, Severity, StepRecord, Unstepped
-from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, keep_last
+import math
+
+from lightning_gradhealth.records import Condition, Severity, StepRecord, StepStats, Unstepped
+from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, keep_last, stepped_by
+from lightning_gradhealth.rules.course import follow_updates, followed_updates
 
 _ADD = (
     'known = {id(p) for g in optimizer.param_groups for p in g["params"]}; optimizer.add_param_group('
@@ -116,8 +119,11 @@ class CarriedOver(Rule):
             return NOT_MEASURED
         if record.carried < self.thresholds.carried_over:
             return None
+        least = self.thresholds.carried_over
+        guilty = {step.optimizer for step in record.window if step.carried is not None and step.carried >= least}
         return Verdict(
             severity=Severity.WARNING,
+            layers=stepped_by(record, guilty) if guilty else (),
             summary=(
                 "gradients accumulate over the steps: what the optimizer had been given is still in .grad when the next"
                 f" backward pass begins, {100 * record.carried:.3g} % of the gradient that comes of it"
@@ -131,35 +137,67 @@ class CarriedOver(Rule):
 class ClippedScaled(Rule):
     """Gradients are clipped while they are still multiplied by the loss scale: next to nothing of them is left.
 
-    Their norm, the scale included, is the same at every step then, to the rounding; no gradient is like that.
+    What the optimizer is given has, the scale included, the same norm at every step then, to the rounding; no gradient
+    is like that. Looked at after `unscale_`, gradients that were clipped in the right order have one norm, too: that of
+    the limit. There it has to be a norm that nobody clips to on purpose, and the limit nearer to 1 with the scale.
     """
 
     condition = Condition.STALLED_LAYERS
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
-        """Look at the norms of the last steps that were observed before `unscale_`."""
-        norms: list[float] = self.memory.setdefault("norms", [])
-        if not any(step.loss_scale for step in record.window):
+        """Look at the norms of the last steps of each optimizer under a loss scaler, as observed and as applied."""
+        follow_updates(self, record)
+        steps = [step for step in record.window if step.loss_scale and not step.clipped]
+        for step in steps:
+            for what, norm in (("observed", step.total_norm), ("applied", step.applied_norm)):
+                if norm is not None and step.loss_scale:
+                    series = self.memory.setdefault(f"{what}{step.optimizer}", [])
+                    keep_last(series, norm * step.loss_scale, self.thresholds.growth_window)
+        answers = [self._judge_last(record, step) for step in {step.optimizer: step for step in steps}.values()]
+        verdicts = [answer for answer in answers if isinstance(answer, Verdict)]
+        if verdicts:
+            return verdicts[0]
+        return None if None in answers else NOT_MEASURED
+
+    def _judge_last(self, record: StepRecord, step: StepStats) -> Verdict | NotMeasured | None:
+        """The verdict on an optimizer, whose last step it is."""
+        observed, applied = (self.memory.get(f"{what}{step.optimizer}", []) for what in ("observed", "applied"))
+        enough = {"observed": self.thresholds.growth_window, "applied": self.thresholds.time_warmup}
+        if len(observed) < enough["observed"] and len(applied) < enough["applied"]:
             return NOT_MEASURED
-        for step in record.window:
-            if step.loss_scale and step.total_norm is not None:
-                keep_last(norms, step.total_norm * step.loss_scale, self.thresholds.growth_window)
-                self.memory["scale"] = step.loss_scale
-        if len(norms) < self.thresholds.growth_window:
-            return NOT_MEASURED
-        least, greatest, scale = min(norms), max(norms), self.memory["scale"]
-        if least <= 0.0 or greatest / least - 1.0 > self.thresholds.same_norm:
-            return None
+        scale = step.loss_scale or 1.0
+        for norms, least, certain in (
+            (observed, enough["observed"], step.unscaled is False),
+            (applied, enough["applied"], False),
+        ):
+            if (
+                len(norms) >= least
+                and self._are_one(norms)
+                and (certain or self._is_no_limit(norms[-1] / scale, scale))
+            ):
+                return self._verdict(record, step.optimizer, norms[-1], scale)
+        return None
+
+    def _are_one(self, norms: list[float]) -> bool:
+        return min(norms) > 0.0 and max(norms) / min(norms) - 1.0 <= self.thresholds.same_norm
+
+    def _is_no_limit(self, norm: float, scale: float) -> bool:
+        return norm < self.thresholds.least_limit and abs(math.log(norm * scale)) < abs(math.log(norm))
+
+    def _verdict(self, record: StepRecord, optimizer: int, limit: float, scale: float) -> Verdict:
+        updates = followed_updates(self)
+        moves = updates is not None and updates.largest >= self.thresholds.moving_update  # Adam's steps have a size
+        left = f"what is left of them is {limit / scale:.1e} at every step"
         return Verdict(
-            severity=Severity.WARNING,
+            severity=Severity.INFO if moves else Severity.WARNING,
             summary=(
-                f"gradients are clipped to {greatest:.3g} while still multiplied by the loss scale {scale:.6g}: what"
-                f" is left of them is {greatest / scale:.1e} at every step, and no layer moves as it should"
+                f"gradients are clipped to {limit:.3g} while still multiplied by the loss scale {scale:.6g}: {left}"
+                + ("" if moves else ", and no layer moves as it should")
             ),
             remedy=(
                 "scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_(...), or clip= of the session, which"
                 " unscales first"
             ),
-            layers=tuple(layer.name for layer in record.layers if layer.optimizer is not None),
-            evidence={"norm_with_scale": greatest, "loss_scale": scale, "norm": greatest / scale},
+            layers=tuple(layer.name for layer in record.layers if layer.optimizer == optimizer),
+            evidence={"norm_with_scale": limit, "loss_scale": scale, "norm": limit / scale},
         )
