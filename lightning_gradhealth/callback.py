@@ -56,7 +56,8 @@ class GradHealth(Callback):
         temporal: Measure at probed steps, too, how gradients fare on their way back through time in nn.RNN, LSTM and
             GRU modules (`temporal_flow`, of a few sequences and their last 64 steps).
         preflight: Run the first batch forward and backward before the first step (see `diagnose`), tell what is wrong,
-            and keep the report as `preflight_report`. It leaves no trace in the training. Not done where a run goes on,
+            and keep the report as `preflight_report`. It leaves no trace in the training, but in what cannot be put
+            back: a generator, the iterator of a DataLoader, a file that is written. Not done where a run goes on,
             in manual optimization, and where parameters are sharded.
         layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
             "parameter", a depth, or one or more regexes on parameter names (the first group names the layer).

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import enum
+import copy
+import functools
+import io
+import itertools
 import random
-import sys
+import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_gradhealth.sharding import is_sharded
-
-# what a model may hold but does not remember by: the loop around it, files, locks, code
-_FOREIGN = frozenset(
-    {
-        *(sys.stdlib_module_names - {"collections", "types", "argparse"}),
-        *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradhealth", "torchmetrics"),
-    }
-)
+from lightning_gradhealth.trees import is_plain, of_the_user
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +125,7 @@ class _Memory:
             self._keep_scripted(value)
         elif isinstance(value, nn.Module):
             self._open.append(value.__dict__)
+            self._keep_class(type(value))
         elif isinstance(value, nn.Parameter):
             self._keep_parameter(value)
         elif isinstance(value, Tensor):
@@ -138,8 +136,13 @@ class _Memory:
             self._keep_collection(value)
         elif isinstance(value, (np.ndarray, bytearray)):
             self._keep_array(value)
-        elif _is_plain(value):
+        elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            self._keep_function(value)
+        elif isinstance(value, io.IOBase):
+            self._keep_file(value)
+        elif is_plain(value):
             self._keep_object(value)
+            self._keep_class(type(value))
 
     def _keep_generator(
         self, value: torch.Generator | random.Random | np.random.Generator | np.random.RandomState
@@ -189,6 +192,44 @@ class _Memory:
                 if hasattr(member, "__set__") and hasattr(value, name):
                     self._keep_slot(value, member, getattr(value, name))
 
+    def _keep_class(self, kind: type) -> None:
+        """The attributes that the user's classes share among their objects: a counter, a list of all there are."""
+        for each in kind.__mro__:
+            if id(each) in self._seen or not of_the_user(each):
+                continue
+            self._seen[id(each)] = each
+            kept = {name: value for name, value in vars(each).items() if not name.startswith("__")}
+            self._open += [value for value in kept.values() if not isinstance(value, types.FunctionType)]
+            self._undo.append(functools.partial(_put_back, each, kept))
+
+    def _keep_function(self, value: Any) -> None:
+        """What a function of the user's remembers: the variables around it, what it is bound to."""
+        if isinstance(value, types.MethodType):
+            self._open.append(value.__self__)
+        elif isinstance(value, functools.partial):
+            self._open += [value.func, value.args, value.keywords]
+        elif of_the_user(value):
+            for cell in value.__closure__ or ():
+                with suppress(ValueError):  # a variable that was never set
+                    content = cell.cell_contents
+                    self._open.append(content)
+                    self._undo.append(functools.partial(setattr, cell, "cell_contents", content))
+
+    def _keep_file(self, file: Any) -> None:
+        """A file in memory, and the place in one that is only read; what has been written to a disk stays there."""
+        if isinstance(file, (io.StringIO, io.BytesIO)) and not file.closed:
+            content: Any = file.getvalue()
+            place = file.tell()
+            self._undo += [
+                functools.partial(file.seek, 0),
+                functools.partial(file.write, content),
+                functools.partial(file.truncate, len(content)) if isinstance(content, bytes) else file.truncate,
+                functools.partial(file.seek, place),
+            ]
+        elif not file.closed and file.seekable() and not file.writable():
+            with suppress(OSError):  # a text file that is read line by line does not tell
+                self._undo.append(functools.partial(file.seek, file.tell()))
+
     def _keep_slot(self, value: object, member: Any, kept: object) -> None:
         self._open.append(kept)
         self._undo.append(lambda: member.__set__(value, kept))
@@ -229,6 +270,9 @@ class _Memory:
     def _keep_dict(self, value: dict[Any, Any]) -> None:
         kept = dict(value)
         self._open += kept.values()
+        for key, item in kept.items():
+            if (twin := _twin_of(item)) is not None:
+                value[key] = twin
 
         def undo() -> None:
             for key in [key for key in value if key not in kept]:
@@ -260,6 +304,33 @@ class _Memory:
             self._undo.append(lambda part=part, flag=flag: setattr(part, "training", flag))  # type: ignore[misc]
 
 
+# iterators that are nothing but a place in something; others draw from further iterators
+_PLACES = (
+    *map(type, (iter([]), iter(()), iter(""), iter(range(1)), iter(range(2**80)))),
+    *(itertools.count, itertools.repeat),
+)
+
+
+def _twin_of(value: object) -> object:
+    """A copy of an iterator, to be used up in its place; None for all else, and where it cannot be copied."""
+    if type(value) not in _PLACES:
+        return None
+    with warnings.catch_warnings(), suppress(TypeError):
+        warnings.simplefilter("ignore", DeprecationWarning)  # those of itertools cannot be copied from Python 3.14 on
+        return copy.copy(value)
+    return None
+
+
+def _put_back(kind: type, kept: dict[str, Any]) -> None:
+    """Give a class the attributes that it had."""
+    now = vars(kind)
+    for name in [name for name in now if not name.startswith("__") and name not in kept]:
+        delattr(kind, name)
+    for name, value in kept.items():
+        if now.get(name) is not value:
+            setattr(kind, name, value)
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """What a tensor is and where it lies in memory, where that can be said."""
     kind = (tensor.shape, tensor.dtype, tensor.device)
@@ -276,17 +347,6 @@ def _cloned(tensor: Tensor) -> Tensor:
         return tensor.to("cpu", copy=True)
 
 
-def _is_plain(value: object) -> bool:
-    """Whether an object may be one that a model counts or collects in: of a class that no framework has made.
-
-    What derives from a class of Lightning's or torch's (callbacks, optimizers, datasets, loggers) belongs to the loop.
-    """
-    kind = type(value)
-    if kind.__module__ == "builtins" or issubclass(kind, (type, enum.Enum)):
-        return False
-    return not any(base.__module__.partition(".")[0] in _FOREIGN for base in kind.__mro__[:-1] if base.__module__)
-
-
 def _nothing(*_: Any, **__: Any) -> None:
     """Stand in for `log` and `log_dict`."""
 
@@ -298,7 +358,9 @@ def undisturbed(model: nn.Module, *, silent: bool = False, weights: bool = False
     Restored: random state; buffers, tensors and other attributes of all modules (the same tensor objects in the same
     memory), with the lists, dicts, sets, arrays and objects among them, so the state of metrics too; training flags;
     `.grad` (None inside, and the same tensors afterwards) and `requires_grad` of every parameter; grad mode and
-    autocast. Not restored: what belongs to the loop around the model (a trainer, an optimizer, a dataset, a file).
+    autocast. Iterators over sequences are run on a copy, classes, functions and files in memory are put back.
+    Not restored: what belongs to the loop around the model (a trainer, an optimizer, a dataset), and what cannot be
+    (a generator, other iterators, as that of a DataLoader, what was written to a file).
 
     Args:
         model: Any module.

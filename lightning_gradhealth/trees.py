@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
+import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -28,6 +31,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from (tensor for field in dataclasses.fields(value) for tensor in tensors(getattr(value, field.name)))
 
 
+_DEPTH = 8  # containers within containers that are copied
 _ATOMS = (str, bytes, int, float, complex, bool, type(None))
 
 
@@ -40,23 +44,74 @@ def with_own_containers(value: Any) -> Any:
         >>> batch.pop("labels"), batch["x"].pop(), kept
         (3, 2, {'x': [1, 2], 'labels': 3})
     """
-    if isinstance(value, (Tensor, *_ATOMS)):
+    return _owned(value, {}, 0)
+
+
+def _owned(value: Any, known: dict[int, tuple[Any, Any]], depth: int) -> Any:
+    """See `with_own_containers`; what is met twice is copied once."""
+    if isinstance(value, (Tensor, *_ATOMS)) or depth > _DEPTH:
         return value
-    if type(value) is dict:
-        return {key: with_own_containers(item) for key, item in value.items()}
-    if type(value) is list:
-        return [with_own_containers(item) for item in value]
-    if type(value) is tuple:
-        return tuple(with_own_containers(item) for item in value)
+    if id(value) not in known:
+        known[id(value)] = value, value
+        try:
+            _copied(value, known, depth + 1)
+        except Exception:  # whatever its class does: it is shared, as it would be without a copy
+            known[id(value)] = value, value
+    return known[id(value)][1]
+
+
+def _copied(value: Any, known: dict[int, tuple[Any, Any]], depth: int) -> None:
     if isinstance(value, tuple):
-        return value
-    try:
-        own = copy.copy(value)  # a BatchEncoding, a graph, a dataclass: its attributes are its own then
-        if isinstance(own, MutableMapping):
-            own.update({key: with_own_containers(item) for key, item in value.items()})
-        return own
-    except Exception:  # whatever its class does: it is shared, as it would be without a copy
-        return value
+        make = getattr(type(value), "_make", type(value))  # a named one
+        if type(value) is tuple or make is not type(value):
+            known[id(value)] = value, make([_owned(item, known, depth) for item in value])
+        return
+    own = copy.copy(value)  # a BatchEncoding, a graph, a dataclass: its attributes are its own then
+    known[id(value)] = value, own
+    if isinstance(own, MutableMapping):
+        for key, item in list(value.items()):
+            own[key] = _owned(item, known, depth)
+    elif type(own) in (list, deque):
+        items = [_owned(item, known, depth) for item in value]
+        own.clear()
+        own.extend(items)
+    elif is_plain(own) and own is not value and (mine := getattr(own, "__dict__", None)):
+        mine.update({name: _owned(item, known, depth) for name, item in mine.items()})
+
+
+# what a model may hold but does not remember by: the loop around it, files, locks, code
+_FOREIGN = frozenset(
+    {
+        *(sys.stdlib_module_names - {"collections", "types", "argparse"}),
+        *("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_gradhealth", "torchmetrics"),
+        "builtins",
+    }
+)
+
+
+def of_the_user(code: Any) -> bool:
+    """Whether a class or function is none of Python's, torch's, Lightning's or ours.
+
+    Example:
+        >>> of_the_user(dict), of_the_user(Tensor)
+        (False, False)
+    """
+    return str(code.__module__).partition(".")[0] not in _FOREIGN
+
+
+def is_plain(value: object) -> bool:
+    """Whether an object may be one that a model counts or collects in: of a class that no framework has made.
+
+    What derives from a class of Lightning's or torch's (callbacks, optimizers, datasets, loggers) belongs to the loop.
+
+    Example:
+        >>> is_plain(5), is_plain(enum.Enum)
+        (False, False)
+    """
+    kind = type(value)
+    if kind.__module__ == "builtins" or issubclass(kind, (type, enum.Enum)):
+        return False
+    return all(of_the_user(base) for base in kind.__mro__[:-1] if base.__module__)
 
 
 class KeptBatch:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import io
+import itertools
 import random
 import threading
 from collections import Counter, deque
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -502,3 +506,68 @@ def test_weights_are_copied_to_the_host_where_there_is_no_room(monkeypatch: pyte
     model(torch.ones(8, 4))
     memory.__exit__(None, None, None)
     assert same(list(model.state_dict().values()), list(before.values()))
+
+
+class Counts:
+    """Counts in whatever a model may have at hand."""
+
+    total = 0
+    names: ClassVar[list[int]] = []
+
+    def __init__(self, file: Any) -> None:
+        calls = 0
+
+        def count() -> int:
+            nonlocal calls
+            calls += 1
+            return calls
+
+        self.count, self.partial, self.bound = count, functools.partial(count), self.advance
+        self.ids, self.rows, self.steps = itertools.count(), iter([5, 6, 7, 8]), iter(range(9))
+        self.text, self.data, self.file = io.StringIO("a\nb\nc\n"), io.BytesIO(), file
+        self.place = 0
+
+    def advance(self) -> int:
+        self.place += 1
+        return self.place
+
+    def use(self) -> list[Any]:
+        cls = type(self)
+        cls.total += 1
+        cls.names.append(cls.total)
+        cls.last = self.data.write(b"xy")
+        read = [self.text.readline(), self.file.readline(), self.data.tell(), hasattr(cls, "extra")]
+        cls.extra = True
+        mine = [self.count(), self.partial(), self.bound(), next(self.ids), next(self.rows), next(self.steps)]
+        return [*mine, *read, cls.total, list(cls.names)]
+
+
+@pytest.mark.parametrize("held", ["by the model", "by an object", "by a hook"])
+def test_iterators_classes_functions_and_files_are_as_before(held: str, tmp_path: Path) -> None:
+    def traced() -> list[list[Any]]:
+        class Fresh(Counts):
+            names: ClassVar[list[int]] = []
+
+        (tmp_path / "lines").write_text("1\n2\n3\n")
+        counts = Fresh((tmp_path / "lines").open(encoding="utf8"))
+        model = mlp()
+        if held == "by a hook":
+            model[0].register_forward_pre_hook(lambda *_: [counts.use(), None][1])
+        elif held == "by an object":
+            model.counts = SimpleNamespace(inner=[counts])
+        else:
+            model.counts = counts
+        seen = []
+        for run in runs:
+            if run == "again":
+                with undisturbed(model):
+                    model(torch.zeros(1, 8)) if held == "by a hook" else counts.use()
+            else:
+                seen.append(counts.use())
+        counts.file.close()
+        return seen
+
+    runs = ["once", "once"]
+    expected = traced()
+    runs = ["again", "once", "again", "again", "once"]
+    assert traced() == expected

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections import UserDict
+from collections import UserDict, deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -411,11 +411,30 @@ def test_manual_optimization_skips_and_claims_nothing(fused: bool) -> None:
     assert finding.severity is Severity.WARNING
 
 
+class Bag:
+    """A batch of a class of one's own, from which things are taken."""
+
+    def __init__(self, **content: Any) -> None:
+        self.content = content
+
+    def take(self, name: str) -> Tensor:
+        return self.content.pop(name)
+
+
+class Pair(NamedTuple):
+    parts: list[Tensor]
+    labels: deque[Tensor]
+
+
 class Pops(Classifier):
     """Takes its batch apart, as is usual for batches that are dicts."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if isinstance(batch, SimpleNamespace):
+        if isinstance(batch, Bag):
+            x, labels = batch.take("x"), batch.take("labels")
+        elif isinstance(batch, Pair):
+            x, labels = batch.parts.pop(), batch.labels.popleft()
+        elif isinstance(batch, SimpleNamespace):
             x, labels = vars(batch).pop("x"), vars(batch).pop("labels")
         else:
             labels, x = batch.pop("labels"), batch["parts"].pop()
@@ -425,11 +444,15 @@ class Pops(Classifier):
 def wrapped(batch: Batch, kind: str) -> Any:
     if kind == "object":
         return SimpleNamespace(x=batch[0], labels=batch[1])
+    if kind == "bag":
+        return Bag(x=batch[0], labels=batch[1])
+    if kind == "named tuple":
+        return Pair([batch[0]], deque([batch[1]]))
     content = {"labels": batch[1], "parts": [batch[0]]}
     return content if kind == "dict" else UserDict(content)
 
 
-@pytest.mark.parametrize("kind", ["dict", "UserDict", "object"])
+@pytest.mark.parametrize("kind", ["dict", "UserDict", "object", "bag", "named tuple"])
 def test_a_batch_that_is_taken_apart_is_run_again_as_it_was(kind: str) -> None:
     health = GradHealth(on_non_finite="skip", preflight=True)
     fit(Pops(fragile(), Adam, lr=1e-2), [wrapped(batch, kind) for batch in data(12, bad=[6])], health)
@@ -456,12 +479,12 @@ def test_a_batch_that_was_written_to_is_the_reason_why_the_origin_is_unknown() -
 
 
 def test_an_interrupted_search_does_not_end_all_searching() -> None:
-    class Interrupted(Fragile):
-        calls = 0
+    calls: list[None] = []  # an attribute would be as before after the rerun
 
+    class Interrupted(Fragile):
         def forward(self, x: Tensor) -> Tensor:
-            Interrupted.calls += 1
-            if Interrupted.calls == 6:  # in the rerun of the fifth batch
+            calls.append(None)
+            if len(calls) == 6:  # in the rerun of the fifth batch
                 raise KeyboardInterrupt
             return super().forward(x)
 

@@ -538,19 +538,22 @@ def test_leaves_no_trace(fault: Callable[[Tensor], Tensor]) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+SEEN: list[weakref.ref[Tensor]] = []  # what a function has around it is as before after the search, and empty
+
+
 def test_frees_what_it_ran() -> None:
-    seen: list[weakref.ref[Tensor]] = []
+    SEEN.clear()
 
     def spy(x: Tensor) -> Tensor:
         y = x * 2
-        seen.append(weakref.ref(y))
+        SEEN.append(weakref.ref(y))
         return y
 
     net = chain(nn.Linear(8, 8), spy, sqrt_of_zero)
     gc.disable()
     try:
         search(net)
-        assert seen[0]() is None  # without the help of the garbage collector
+        assert SEEN[0]() is None  # without the help of the garbage collector
     finally:
         gc.enable()
 
