@@ -195,10 +195,10 @@ class Unstepped(Record):
     Attributes:
         name: The parameter, or what is known of a tensor that has no name.
         layer: Its layer.
-        kind: "held": the model has had it from the start; "gained": it came to the model later; "listed": the model
-            keeps it in a list, a dict or an object, where it is no parameter of the model; "outside": a leaf of the
-            graph of which nothing else is known, or of a module in evaluation mode; "replaced": an optimizer steps it,
-            but the model does not have it, and it has never had a gradient.
+        kind: "held": the model has had it from the start; "thawed": and it was frozen then; "gained": it came to the
+            model later; "listed": the model keeps it in a list, a dict or an object, where it is no parameter of the
+            model; "outside": a leaf of the graph of which nothing else is known, or of a module in evaluation mode;
+            "replaced": an optimizer steps it, but the model does not have it, and it has never had a gradient.
         norm: L2 norm of its elements: somebody steps it, if that changes.
         fix: Code that makes it a parameter of the model; "": none is known.
 
@@ -468,8 +468,9 @@ class Finding(Record):
         summary: What was seen, as a clause.
         evidence: The numbers behind it.
         remedy: What to do, in words.
-        code: The same in one line or two that run when pasted, where that can be done; of the names `model`,
-            `optimizer`, `trainer_arguments` (a dict of the Trainer's), `health_arguments` (GradHealth's) and `batch`.
+        code: The same in a line or two, and the imports they need, that run when pasted, where that can be done; of the
+            names `model`, `optimizer` (of several the one that the remedy names; before a schedule is made of its
+            rate), `trainer_arguments` (a dict of the Trainer's), `health_arguments` (GradHealth's) and `batch`.
         healed: Those of `layers` in which it no longer holds.
 
     Example:

@@ -27,6 +27,7 @@ from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.rules import Verdict, default_rules
 from lightning_gradhealth.rules.clipping import AdaptiveClipping
 from lightning_gradhealth.rules.gradients import ExplodingInTime
+from lightning_gradhealth.rules.plain import code_of
 
 THRESHOLDS = Thresholds()
 
@@ -705,7 +706,7 @@ def test_a_nan_loss_with_finite_gradients_is_said_to_be_that() -> None:
     assert (graver.severity, graver.summary.partition(" in ")[0]) == (Severity.CRITICAL, "gradients are NaN or Inf")
 
 
-@pytest.mark.parametrize(("loss", "said"), [(math.nan, "the loss itself is nan"), (0.5, "bf16")])
+@pytest.mark.parametrize(("loss", "said"), [(math.nan, "the loss itself is nan"), (0.5, "sqrt(0)")])
 def test_a_scaler_that_skips_every_step_is_said_to_do_so(loss: float, said: str) -> None:
     bad = not math.isfinite(loss)
     window = tuple(
@@ -815,4 +816,84 @@ def test_depth_that_came_with_training_gets_a_rate() -> None:
     assert "init_weights" not in finding.remedy
     assert finding.evidence["at_start"] == pytest.approx(1.0)
     from_the_start = trained_into(geometric(0.3, 20), 1e-3, geometric(0.3, 20))
-    assert from_the_start.code == "gh.init_weights(model, batch)"
+    assert from_the_start.code.splitlines()[1:] == ["gh.init_weights(model, batch)"]
+
+
+def updated(record: StepRecord, *updates: float, rate: float = 0.1) -> StepRecord:
+    """The record with one layer an optimizer, which a step has moved by so much."""
+    layers = tuple(
+        LayerStats(f"l{i}", weight_norm=1.0, grad_norm=1.0, update_to_weight=update, learning_rate=rate, optimizer=i)
+        for i, update in enumerate(updates)
+    )
+    return record.changed(layers=layers, probed=True)
+
+
+def test_a_leap_of_the_norm_after_large_steps_gets_a_rate() -> None:
+    def leap(update: float) -> Finding:
+        calm = StepRecord(step=19, window=tuple(StepStats(i, total_norm=1.0) for i in range(20)))
+        wild = StepRecord(step=20, window=(StepStats(20, total_norm=1e5),))
+        return judged([updated(calm, update), updated(wild, update)])[Condition.EXPLODING_GRADIENTS]
+
+    assert leap(0.45).code == 'for group in optimizer.param_groups: group["lr"] *= 0.002'
+    assert leap(1e-3).code == 'health_arguments["clip"] = "adaptive"'  # a bad batch rather than the rate
+
+
+def test_the_optimizer_whose_steps_are_too_large_is_named() -> None:
+    several = judged([updated(steps([1.0]), 1e-3, 7.0, rate=1.0)])[Condition.OVERSIZED_UPDATES]
+    assert "a smaller learning rate of optimizer 1 (x 0.0001)" in several.remedy
+    assert several.layers == ("l1",)
+    assert "of optimizer" not in judged([updated(steps([1.0]), 7.0)])[Condition.OVERSIZED_UPDATES].remedy
+
+
+def test_a_replacing_step_at_a_small_rate_points_at_unscaled_data() -> None:
+    small = judged([updated(steps([1.0]), 160.0, rate=0.01)])[Condition.OVERSIZED_UPDATES]
+    assert "bring inputs and targets to mean 0" in small.remedy
+    assert "inputs" not in judged([updated(steps([1.0]), 8.2, rate=1.0)])[Condition.OVERSIZED_UPDATES].remedy
+
+
+def test_large_steps_are_an_info_where_the_run_learns_well_all_the_same() -> None:
+    def run(now: float) -> Finding:
+        losses = [2.0] * 25 + [now] * 60
+        return judged(
+            [
+                updated(steps([1.0] * 25, losses[:25]), 1.5),
+                updated(steps([1.0] * 60, losses[25:]).changed(step=84), 1e-3),
+            ]
+        )[Condition.OVERSIZED_UPDATES]
+
+    assert run(0.01).severity is Severity.INFO
+    assert "all the same" in run(0.01).summary
+    assert run(1.0).severity is Severity.CRITICAL
+
+
+def test_clipping_is_not_offered_where_something_clips() -> None:
+    def end(applied: float) -> Finding:
+        window = tuple(StepStats(i, total_norm=9.0**i, applied_norm=applied * 9.0**i) for i in range(9))
+        bad = StepStats(9, total_norm=math.nan, non_finite=True)
+        return judged([updated(StepRecord(step=9, window=(*window, bad)), 0.5)])[Condition.NON_FINITE]
+
+    assert "gradient_clip_val" in end(1.0).code
+    assert "gradient_clip_val" not in end(0.1).code + end(0.1).remedy
+    assert 'group["lr"]' in end(0.1).code
+
+
+def test_code_brings_its_imports() -> None:
+    assert code_of('group["lr"] *= 0.1') == 'group["lr"] *= 0.1'
+    assert code_of("model.set_submodule(name, nn.ReLU())").splitlines()[0] == "from torch import nn"
+    both = code_of("nn.init.zeros_(b); gh.init_weights(model, batch)").splitlines()[0]
+    assert both == "import lightning_gradhealth as gh; from torch import nn"
+    assert code_of("import torch; torch.manual_seed(0)") == "import torch; torch.manual_seed(0)"
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_units_that_decay_has_killed_get_a_smaller_decay(decay: float) -> None:
+    def record(i: int, dead: float) -> StepRecord:
+        layer = LayerStats("w", weight_norm=0.5**i, grad_norm=1.0, dead_fraction=dead, activation="relu", units=32)
+        layer = layer.changed(optimizer=0, weight_decay=decay, learning_rate=0.1, update_to_weight=0.05)
+        return StepRecord(
+            step=i * 20, probed=True, layers=(layer,), kinds=("relu",), optimizers=(OptimizerStats(0, "SGD", 0.0),)
+        )
+
+    finding = judged([record(0, 0.0), record(1, 0.0), *(record(i, 1.0) for i in range(2, 6))])[Condition.DEAD_UNITS]
+    assert ("weight_decay=" in finding.remedy) == (decay > 0.0)
+    assert ('group["weight_decay"]' in finding.code) == (decay > 0.0)

@@ -145,6 +145,7 @@ class UnsteppedWatch:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._first = len(layout.slots)  # what comes later was not there when the optimizers were made
+        self._frozen = {number for number, slot in enumerate(layout.slots) if not slot.parameter.requires_grad}
         self._holders: dict[int, tuple[Tensor, Holder | None]] = {}  # the tensor is kept, so that its id stays its own
 
     def look(self, optimizers: Iterable[Optimizer], leaves: Sequence[Any], had_grad: set[int]) -> list[Entry]:
@@ -166,7 +167,7 @@ class UnsteppedWatch:
             if id(parameter) in stepped and id(parameter) not in mine and number not in had_grad:
                 entries.append(Entry(slot.name, layer, "replaced", "", parameter))
             elif id(parameter) in mine - stepped and parameter.requires_grad and parameter.grad is not None:
-                kind = "gained" if number >= self._first else "held"
+                kind = "gained" if number >= self._first else "thawed" if number in self._frozen else "held"
                 entries.append(Entry(slot.name, layer, kind, "", parameter))
         strangers = [leaf for leaf in leaves if id(leaf.tensor) not in mine | stepped]
         return entries + self._outside(strangers)

@@ -30,6 +30,7 @@ from lightning_gradhealth.records import (
 )
 from lightning_gradhealth.rules import Rule, Thresholds, Verdict, default_rules
 from lightning_gradhealth.rules.depth import depth_limit
+from lightning_gradhealth.rules.first_pass import HugeOnce, LeapOnce
 from lightning_gradhealth.rules.inputs import LargeInputs
 from lightning_gradhealth.signals import Signals, with_signals
 from lightning_gradhealth.signals.units import SAMPLES
@@ -188,7 +189,13 @@ class Account:
             what = "gradients are"
         origin = self._find_origin() if what else Origin("", "", "", ())
         module = origin.module or record.first_non_finite
-        return [LargeInputs(once), *rules, NonFiniteOnce(what, self.layout.layer_of(module), str(origin))]
+        return [
+            LargeInputs(once),
+            LeapOnce(once),
+            *rules,
+            HugeOnce(once),
+            NonFiniteOnce(what, self.layout.layer_of(module), str(origin)),
+        ]
 
     # --- words ---
 

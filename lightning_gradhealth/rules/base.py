@@ -28,6 +28,8 @@ class Thresholds:
             healthy >= 6e-3, sick <= 5e-6.
         dead_units: Share of the units of a layer that are never active, beyond what chance gives beside those that are
             always active. Measured: healthy <= .26; in 30 plain ReLU layers of 32 .53, with as many always active.
+        dead_most: The same, from which on it is a warning whatever the loss does: less than a tenth of the width is
+            left, so that the layer may as well be that narrow. Measured: nets that learn well with .67 and .68.
         saturated_units: Share of the units of a layer whose derivative is on average below 5 % of its greatest.
             Measured: 1.00 against 0.00.
         depth_critical: The same, beyond hope: half of float32's 7 digits are gone.
@@ -65,6 +67,8 @@ class Thresholds:
         same_norm: Relative spread of the norms of `growth_window` steps, the loss scale included, up to which they are
             one and the same: what clipping sets, to the rounding of float32. Gradients spread by percents at least.
         least_limit: Nobody clips gradients to a norm below this on purpose; recipes begin at 1e-2.
+        leap: Size of a layer's output, before the first step, beside the largest of all before it, from which on
+            something between them leaps, as exp() of a large number. Measured: gains inside healthy nets reach 700.
         input_rms: Root mean square of the inputs, from which on the first layer's gradient is so much larger than that
             of all others that no rate fits both; pixels from 0 to 255 are below it ...
         input_kept: ... and the share of it that the first layer passes on where nothing normalises it.
@@ -92,6 +96,7 @@ class Thresholds:
     depth_ratio: float = 1e-3
     depth_critical: float = 1e-6
     dead_units: float = 0.5
+    dead_most: float = 0.9
     saturated_units: float = 0.5
     depth_layers: int = 4
     depth_probes: int = 2
@@ -117,6 +122,7 @@ class Thresholds:
     carried_over: float = 0.01
     same_norm: float = 1e-3
     least_limit: float = 1e-3
+    leap: float = 1e4
     input_rms: float = 1e3
     input_kept: float = 0.01
     swallowed_weights: float = 0.01
@@ -142,7 +148,7 @@ class Thresholds:
 
 
 _SHARES = (
-    *("depth_ratio", "depth_critical", "dead_units", "saturated_units", "collapsed"),
+    *("depth_ratio", "depth_critical", "dead_units", "dead_most", "saturated_units", "collapsed"),
     *("update_share", "spike_fall", "stalled_fall", "learning_fall"),
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_gradhealth.ratios import median
-from lightning_gradhealth.records import StepRecord
+from lightning_gradhealth.records import StepRecord, StepStats
 from lightning_gradhealth.rules.base import Rule, keep_last
 
 USUAL_UPDATE = 1e-3  # |dw| / |w| of a step at a rate that trains: what most recipes come to
@@ -97,6 +97,8 @@ class Updates:
         largest: The largest one.
         at: The loggers' x value of that step.
         rate: The largest learning rate so far (None: not known).
+        optimizer: Number of the optimizer that takes these steps, where there are several.
+        clipped: Something clips the gradients already, be it the Trainer or the session.
     """
 
     first: float
@@ -104,6 +106,8 @@ class Updates:
     largest: float
     at: int
     rate: float | None
+    optimizer: int | None = None
+    clipped: bool = False
 
     @property
     def share(self) -> float:
@@ -128,6 +132,16 @@ class Updates:
         return self.share > 5 * USUAL_UPDATE or self.largest > 1.0
 
     @property
+    def unscaled(self) -> bool:
+        """Whether steps replace the weights though the rate is small: the loss must be large, as of raw targets.
+
+        Example:
+            >>> Updates(160.0, 0.01, 160.0, 0, 0.01).unscaled, Updates(8.2, 1.0, 8.2, 0, 1.0).unscaled
+            (True, False)
+        """
+        return self.first > 1.0 and self.first_rate is not None and self.first_rate <= 0.1
+
+    @property
     def factor(self) -> float:
         """What the learning rate should be multiplied by so that a step moves the weights by the usual share.
 
@@ -139,33 +153,47 @@ class Updates:
 
 
 def follow_updates(rule: Rule, record: StepRecord) -> None:
-    """Keep how far the weights were moved in the memory of a rule.
+    """Keep how far each optimizer has moved its weights in the memory of a rule, and whether something clips.
 
     Args:
         rule: The rule.
         record: The record at hand.
     """
-    layers = [layer for layer in record.layers if not layer.frozen]
-    values = [value for la in layers if (value := la.update_to_weight) is not None and math.isfinite(value)]
-    size = median(values)
-    if not size > 0.0:
-        return
-    rate = max((layer.learning_rate for layer in layers if layer.learning_rate is not None), default=None)
-    kept = rule.memory.setdefault("the updates", [size, rate, size, record.step, rate])
-    if size > kept[2]:
-        kept[2:4] = [size, record.step]
-    if rate is not None:
-        kept[4] = max(rate, kept[4] or 0.0)
+    rule.memory["clipped"] = rule.memory.get("clipped", False) or any(_is_clipped(step) for step in record.window)
+    moved = [layer for layer in record.layers if not layer.frozen]
+    for number in sorted({layer.optimizer or 0 for layer in moved}):
+        layers = [layer for layer in moved if (layer.optimizer or 0) == number]
+        values = [value for la in layers if (value := la.update_to_weight) is not None and math.isfinite(value)]
+        size = median(values)
+        if not size > 0.0:
+            continue
+        rate = max((layer.learning_rate for layer in layers if layer.learning_rate is not None), default=None)
+        kept = rule.memory.setdefault("the updates", {}).setdefault(str(number), [size, rate, size, record.step, rate])
+        if size > kept[2]:
+            kept[2:4] = [size, record.step]
+        if rate is not None:
+            kept[4] = max(rate, kept[4] or 0.0)
+
+
+def _is_clipped(step: StepStats) -> bool:
+    """Whether the optimizer was given less than there was."""
+    norm, applied = step.total_norm, step.applied_norm
+    return bool(step.clipped) or (norm is not None and applied is not None and applied < 0.99 * norm)
 
 
 def followed_updates(rule: Rule) -> Updates | None:
-    """What `follow_updates` has kept; None where no update was measured.
+    """What `follow_updates` has kept of the optimizer that moves its weights the most; None where none was measured.
 
     Args:
         rule: The rule.
     """
-    kept = rule.memory.get("the updates")
-    return None if kept is None else Updates(*kept)
+    kept = rule.memory.get("the updates", {})
+    several, clipped = len(kept) > 1, bool(rule.memory.get("clipped", False))
+    known = [
+        Updates(first, first_rate, largest, at, rate, int(number) if several else None, clipped)
+        for number, (first, first_rate, largest, at, rate) in kept.items()
+    ]
+    return max(known, key=lambda updates: max(updates.share, updates.largest), default=None)
 
 
 def rounded(value: float) -> float:

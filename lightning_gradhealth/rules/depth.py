@@ -154,7 +154,7 @@ class _Depth(Rule):
     def _remedy(self, record: StepRecord, layers: Collection[str]) -> Remedy:
         """By whether it was there from the start, or came with training."""
         start, limit = self.memory.get("at_start"), math.sqrt(self.thresholds.depth_ratio)
-        decay = for_decay(record, layers) if self.vanishing else None
+        decay = for_decay(record, layers, followed_updates(self)) if self.vanishing else None
         if start is None or not (start > limit if self.vanishing else start < 1.0 / limit):
             return decay or for_depth(self.vanishing, Makeup.of(record, layers))
         return for_depth_in_training(followed_updates(self), decay, start)

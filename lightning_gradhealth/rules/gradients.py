@@ -15,7 +15,7 @@ from lightning_gradhealth.rules.base import (
     keep_last,
     stepped_by,
 )
-from lightning_gradhealth.rules.course import follow_updates, followed_updates, mean_and_error
+from lightning_gradhealth.rules.course import Updates, follow_updates, followed_updates, mean_and_error
 from lightning_gradhealth.rules.remedies import Remedy, for_rate
 
 
@@ -56,7 +56,7 @@ class ExplodingInTime(Rule):
             f" (step {leaps[0][1].step}) if it happened once",
             'health_arguments["clip"] = "adaptive"',
         )
-        if updates is not None and updates.largest > self.thresholds.update_at_once:  # it is the steps that do it
+        if updates is not None and self._steps_do_it(updates, leaps[0][1].step, lasting=len(leaps) >= 3):
             remedy = for_rate(updates, '; GradHealth(clip="adaptive")')
         return Verdict(
             severity=Severity.CRITICAL,
@@ -66,6 +66,11 @@ class ExplodingInTime(Rule):
             evidence={"total_norm": step.total_norm, "factor": factor},
             first_step=leaps[0][1].step,
         )
+
+    def _steps_do_it(self, updates: Updates, since: int, *, lasting: bool) -> bool:
+        """Whether the steps are too large, and no bad batch is to blame: they were so before, or they stay so."""
+        before = updates.largest > self.thresholds.update_repeated and updates.at < since
+        return updates.largest > self.thresholds.update_at_once or before or (lasting and updates.fast)
 
 
 def _norm_in_effect(step: StepStats) -> float | None:

@@ -6,6 +6,7 @@ import math
 
 from lightning_gradhealth.records import Condition, Severity, StepRecord
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict
+from lightning_gradhealth.rules.remedies import for_large_inputs
 
 
 class LargeInputs(Rule):
@@ -26,16 +27,15 @@ class LargeInputs(Rule):
                 continue
             if (first.forward_rms or 0.0) < self.thresholds.input_kept * size:
                 continue  # it is normalised right away
+            remedy = for_large_inputs(first.layer, size)
             return Verdict(
                 severity=Severity.WARNING,
                 summary=(
                     f"the network reads inputs of size {size:.3g} (root mean square) and passes them on: the output of"
                     f" {first.name} is {first.forward_rms:.3g}, and the gradient of its weights grows as much"
                 ),
-                remedy=(
-                    "normalise the inputs to mean 0 and variance 1, (x - x.mean(0)) / x.std(0), by the figures of the"
-                    " training set, and targets of such a size too; or nn.BatchNorm1d as the first layer"
-                ),
+                remedy=remedy.words,
+                code=remedy.code,
                 layers=(first.layer,) if first.layer else (),
                 evidence={"input_rms": size, "first_output_rms": first.forward_rms},
             )

@@ -168,8 +168,10 @@ class NonFinite(Rule):
                     f" {LOOK} {step}; divide by max(count, 1)"
                 )
             return Remedy(
-                'precision="bf16-mixed" (or "32-true") in place of float16, whose range the gradients leave at any'
-                " scale; look for 1e10 and the like, as in masks"
+                "no scale helps, as the loss is finite and its gradient is not: look in the backward pass for sqrt(0),"
+                " log(0), 0/0 and norms of zeros (torch.autograd.set_detect_anomaly(True) names the operation), and add"
+                f" an epsilon, sqrt(x + eps); or for bad rows in the batch of step {step}; in float16, for 1e10 and the"
+                ' like, as in masks, which precision="bf16-mixed" can hold'
             )
         if account["course"] in ("grown", "huge"):
             return self._after_growth(account)
@@ -185,8 +187,11 @@ class NonFinite(Rule):
                 f" with a warm-up; Trainer(gradient_clip_val={limit:g})",
                 in_groups('group["lr"] *= 0.1') + f'\ntrainer_arguments["gradient_clip_val"] = {limit:g}',
             )
-        rate = for_rate(followed_updates(self))
+        updates = followed_updates(self)
+        rate = for_rate(updates)
         before = f"the gradients had grown before it (norm {norm:.2g}): " if norm is not None else ""
+        if updates is not None and updates.clipped:  # and that was not enough
+            return Remedy(before + rate.words, rate.code)
         return Remedy(
             f"{before}{rate.words}; Trainer(gradient_clip_val={limit:g}) clips by norm",
             f'{rate.code}\ntrainer_arguments["gradient_clip_val"] = {limit:g}',

@@ -18,9 +18,9 @@ class NotInOptimizer(Rule):
     """Parameters that get a gradient and that no optimizer steps.
 
     Beyond doubt it is a mistake where the optimizer steps parameters that the model no longer has, where the model
-    has gained them since, and where the model keeps layers in a Python list, of which torch knows nothing. Otherwise
-    it may be on purpose, as where a head alone is trained: an info. What changes nevertheless is stepped by somebody
-    else.
+    has gained them since, or has had them frozen at first, and where the model keeps layers in a Python list, of which
+    torch knows nothing. Otherwise it may be on purpose, as where a head alone is trained: an info. What changes
+    nevertheless is stepped by somebody else.
     """
 
     condition = Condition.NOT_IN_OPTIMIZER
@@ -44,10 +44,10 @@ class NotInOptimizer(Rule):
             return None
         if by_kind["listed"]:
             return self._verdict(by_kind["listed"], "listed", [], seen)
-        left_out = by_kind["held"] + by_kind["gained"]
+        left_out = by_kind["held"] + by_kind["thawed"] + by_kind["gained"]
         if left_out and by_kind["replaced"]:
             return self._verdict(left_out, "replaced", by_kind["replaced"], seen)
-        kind = next(kind for kind in ("gained", "held", "outside") if by_kind[kind])
+        kind = next(kind for kind in ("gained", "thawed", "held", "outside") if by_kind[kind])
         return self._verdict(by_kind[kind], kind, [], seen)
 
     def _verdict(
@@ -92,6 +92,13 @@ _TEXTS = {
         "make these layers before the optimizer (in __init__, or by a forward pass first), or give them to it"
         " by optimizer.add_param_group",
     ),
+    "thawed": (
+        Severity.WARNING,
+        "{count} parameters of the model were frozen at the start and get a gradient now, but no optimizer steps them:"
+        " {shown}",
+        "give them to the optimizer where they are unfrozen, by optimizer.add_param_group, or make it of all"
+        " parameters: those that are frozen get no gradient, and are passed over",
+    ),
     "held": (
         Severity.INFO,
         "{count} parameters of the model get a gradient but no optimizer steps them: {shown}",
@@ -130,7 +137,7 @@ class CarriedOver(Rule):
             ),
             remedy="optimizer.zero_grad() before the backward pass of every step; it seems to be missing",
             evidence={"carried_over": record.carried},
-            code="optimizer.zero_grad()",
+            code="optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())",
         )
 
 

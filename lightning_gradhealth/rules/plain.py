@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import re
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -106,6 +107,16 @@ def text_of(value: Any, limit: int = TEXT) -> str:
     return "" if value is None else printable(value, limit)
 
 
+_IMPORTS = {"gh": "import lightning_gradhealth as gh", "nn": "from torch import nn", "torch": "import torch"}
+
+
 def code_of(value: Any) -> str:
-    """A verdict's code, its lines kept."""
-    return "" if value is None else "\n".join(printable(line, TEXT) for line in str(value).splitlines()[:50])
+    """A verdict's code, its lines kept, after the imports that it needs to run where it is pasted.
+
+    Example:
+        >>> code_of("gh.init_weights(model, batch)").splitlines()
+        ['import lightning_gradhealth as gh', 'gh.init_weights(model, batch)']
+    """
+    code = "" if value is None else "\n".join(printable(line, TEXT) for line in str(value).splitlines()[:50])
+    imports = [line for name, line in _IMPORTS.items() if re.search(rf"(?<![\w.]){name}\.", code) and line not in code]
+    return "\n".join(["; ".join(imports), code]) if imports else code

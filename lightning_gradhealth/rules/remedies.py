@@ -94,8 +94,8 @@ def swapped(old: str, new: str) -> str:
         new: What makes the new one.
     """
     return (
-        f"for name in [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, {old})]:\n"
-        f"    model.set_submodule(name, {new})"
+        f"for name in [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, {old})]:"
+        f" model.set_submodule(name, {new})"
     )
 
 
@@ -127,21 +127,27 @@ def for_rate(updates: Updates | None, more: str = "") -> Remedy:
     if updates is None or not updates.fast:
         return Remedy(f"a smaller learning rate (a tenth) and a warm-up of it{more}", in_groups('group["lr"] *= 0.1'))
     start = f"{updates.first:.2g} of their size"
+    whose = "" if updates.optimizer is None else f" of optimizer {updates.optimizer}"
+    if updates.unscaled:
+        more = (
+            f"; such a step at such a rate comes of a huge loss: bring inputs and targets to mean 0, variance 1{more}"
+        )
     if updates.largest > 1.5 * updates.first:
         start += f" at first and by {updates.largest:.2g} at step {updates.at}"
     return Remedy(
-        f"a smaller learning rate (x {updates.factor:g}) and a warm-up of it: a step moved the weights by {start},"
-        f" where near 1e-3 is usual{more}",
+        f"a smaller learning rate{whose} (x {updates.factor:g}) and a warm-up of it: a step moved the weights by"
+        f" {start}, where near 1e-3 is usual{more}",
         in_groups(f'group["lr"] *= {updates.factor:g}'),
     )
 
 
-def for_decay(record: StepRecord, layers: Collection[str]) -> Remedy | None:
+def for_decay(record: StepRecord, layers: Collection[str], updates: Updates | None = None) -> Remedy | None:
     """What to do about weights that decay takes away; None where it takes no more than a thousandth at a step.
 
     Args:
         record: The record.
         layers: The layers that shrink.
+        updates: How far the steps move the weights, if decay has to be the larger part of it to be to blame.
     """
     momenta = {stats.optimizer: stats.momentum or 0.0 for stats in record.optimizers if stats.name == "SGD"}
     worst: tuple[float, float, float] | None = None
@@ -150,7 +156,8 @@ def for_decay(record: StepRecord, layers: Collection[str]) -> Remedy | None:
             share = layer.learning_rate / max(1e-3, 1.0 - momenta.get(layer.optimizer or 0, 0.0))
             if worst is None or share * layer.weight_decay > worst[0]:
                 worst = share * layer.weight_decay, layer.weight_decay, 5e-5 / share
-    if worst is None or worst[0] < 1e-3:
+    least = 1e-3 if updates is None else max(1e-3, updates.share / 2)
+    if worst is None or worst[0] < least:
         return None
     share, decay, better = worst[0], worst[1], rounded(worst[2])
     return Remedy(
@@ -216,7 +223,7 @@ def for_depth_in_training(updates: Updates | None, decay: Remedy | None, before:
     start = "it was sound at the start" + (f" ({before:.2g})" if before is not None else "") + " and came with training"
     if decay is not None:
         return Remedy(f"{start}: {decay.words}", decay.code)
-    rate = for_rate(updates, f"; {CLIP}")
+    rate = for_rate(updates, "" if updates is not None and updates.clipped else f"; {CLIP}")
     # where steps are small, something else has happened that no rate undoes
     return Remedy(f"{start}: {rate.words}", rate.code if updates is None or updates.fast else "")
 
@@ -224,13 +231,16 @@ def for_depth_in_training(updates: Updates | None, decay: Remedy | None, before:
 # --- units -------------------------------------------------------------------------------------------------
 
 
-def for_dead(layers: Iterable[LayerStats], makeup: Makeup, updates: Updates | None, *, died: bool) -> Remedy:
+def for_dead(
+    layers: Iterable[LayerStats], makeup: Makeup, updates: Updates | None, decay: Remedy | None = None, *, died: bool
+) -> Remedy:
     """What to do about units that are never active.
 
     Args:
         layers: The layers concerned, the worst first.
         makeup: What the network is made of.
         updates: How far steps have moved the weights.
+        decay: What to do about weight decay, if it takes too much.
         died: They were alive before, or a step has replaced the weights.
 
     Example:
@@ -241,6 +251,8 @@ def for_dead(layers: Iterable[LayerStats], makeup: Makeup, updates: Updates | No
     layers = list(layers)
     leaky = "nn.LeakyReLU(0.01) or nn.ELU() in place of nn.ReLU() lets dead units recover"
     swap = swapped("nn.ReLU", "nn.LeakyReLU(0.01)") if "relu" in makeup.kinds else ""
+    if died and decay is not None:
+        return decay
     if died and (updates is None or updates.fast):
         return for_rate(updates, f", which keeps them alive; {leaky}")
     if died:
@@ -267,6 +279,32 @@ def zeroed(layers: Iterable[LayerStats]) -> str:
     """Code that sets the biases of layers to zero; "" where none has one."""
     names = [layer.name for layer in layers if layer.bias_grad_rms is not None]
     return f"for name in {names!r}: nn.init.zeros_(model.get_submodule(name).bias)" if names else ""
+
+
+# a layer of torch's default weights makes a third of the mean square of it: there, tanh and sigmoid are flat
+LARGE_INPUT = 5.0
+
+
+def for_large_inputs(layer: str, size: float) -> Remedy:
+    """What to do about inputs that nobody has scaled.
+
+    Args:
+        layer: The layer that reads them; "" where it is not known.
+        size: Their root mean square.
+
+    Example:
+        >>> for_large_inputs("0", 141.0).words[:36]
+        'the network reads inputs of size 141'
+    """
+    factor = rounded(size)
+    return Remedy(
+        f"the network reads inputs of size {size:.3g} (root mean square): normalise the inputs to mean 0 and variance"
+        " 1, (x - mean) / std, by the figures of the training set (of pixels: divided by 255 at least), and targets of"
+        " such a size too; or nn.BatchNorm1d as the first layer",
+        f"model.get_submodule({layer!r}).register_forward_pre_hook(lambda m, args: (args[0] / {factor:g}, *args[1:]))"
+        if layer
+        else "",
+    )
 
 
 def for_saturated(layers: Iterable[LayerStats], makeup: Makeup, updates: Updates | None, *, came: bool) -> Remedy:

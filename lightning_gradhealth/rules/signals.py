@@ -16,7 +16,16 @@ from lightning_gradhealth.rules.course import (
     has_learned,
     is_learning,
 )
-from lightning_gradhealth.rules.remedies import Makeup, Remedy, for_dead, for_saturated, for_time
+from lightning_gradhealth.rules.remedies import (
+    LARGE_INPUT,
+    Makeup,
+    Remedy,
+    for_dead,
+    for_decay,
+    for_large_inputs,
+    for_saturated,
+    for_time,
+)
 
 
 class _Units(Rule):
@@ -107,14 +116,18 @@ class DeadUnits(_Units):
         return super()._is_bad(layer, share) and beyond_chance
 
     def _severity(self, share: float) -> Severity:
-        return Severity.CRITICAL if share == 1.0 else super()._severity(share)
+        if share >= self.thresholds.dead_most:
+            return Severity.CRITICAL if share == 1.0 else Severity.WARNING
+        return super()._severity(share)
 
     def _learns(self) -> bool:
         return is_learning(self)  # a unit that is dead takes no part; the others may do
 
     def _remedy(self, layers: list[LayerStats], record: StepRecord, *, came: bool) -> Remedy:
         makeup = Makeup.of(record, [layer.name for layer in layers])
-        return for_dead(layers, makeup, followed_updates(self), died=came)
+        updates = followed_updates(self)
+        decay = for_decay(record, [layer.name for layer in layers], updates)
+        return for_dead(layers, makeup, updates, decay, died=came)
 
 
 class SaturatedUnits(_Units):
@@ -131,6 +144,10 @@ class SaturatedUnits(_Units):
 
     def _remedy(self, layers: list[LayerStats], record: StepRecord, *, came: bool) -> Remedy:
         makeup = Makeup.of(record, [layer.name for layer in layers])
+        read = max((chain.input_rms or 0.0 for chain in record.chains), default=0.0)
+        first = next((layer for layer in record.layers if layer.forward_rms is not None), None)
+        if first in layers and first.activation != "attention" and math.isfinite(read) and read > LARGE_INPUT:
+            return for_large_inputs(first.name, read)
         return for_saturated(layers, makeup, followed_updates(self), came=came)
 
 

@@ -46,14 +46,17 @@ def zero_born(rule: Rule, record: StepRecord) -> set[str]:
 class OversizedUpdates(Rule):
     """Updates that are large beside the weights: one step replaces what was learned ("avalanche learning").
 
-    Weights that start at zero, as LoRA's B or a zeroed head, are left alone at first.
+    Weights that start at zero, as LoRA's B or a zeroed head, are left alone at first. Where the loss falls to a fifth
+    of what it was before all the same, it was no hindrance: an info.
     """
 
     condition = Condition.OVERSIZED_UPDATES
+    relents = True
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge the updates of every optimizer; those that are merely large have to stay so for some steps."""
         follow_updates(self, record)
+        follow_loss(self, record)
         young = zero_born(self, record)
         chains = [
             chain
@@ -72,13 +75,14 @@ class OversizedUpdates(Rule):
         self.memory["large_since"] = None if first_probe or not large else (record.step if since is None else since)
         brief = since is None or record.step - since < self.thresholds.growth_window / 2
         if not at_once and (not large or brief):
-            return None
+            return self._relent()
         chain, hit = (at_once or large)[0]
         size = median(value for layer, value in chain if layer.name in hit)
         rates = (layer.learning_rate for layer, _ in chain if layer.learning_rate is not None)
         remedy = for_rate(followed_updates(self))
-        return Verdict(
-            severity=Severity.CRITICAL if at_once else Severity.WARNING,
+        harmless = self._was_no_hindrance()
+        verdict = Verdict(
+            severity=Severity.INFO if harmless else Severity.CRITICAL if at_once else Severity.WARNING,
             summary=f"one step changes the weights of {len(hit)} of {len(chain)} layers by {size:.2g} of their size",
             remedy=remedy.words,
             code=remedy.code,
@@ -86,6 +90,20 @@ class OversizedUpdates(Rule):
             evidence={"update_to_weight_median": size, "learning_rate": max(rates, default=None)},
             first_step=None if at_once else since,
         )
+        if not harmless:
+            self.memory["told"] = {**vars(verdict), "severity": "info"}
+        return verdict
+
+    def _relent(self) -> Verdict | None:
+        """What was told before, as an info, once the run has learned well; told once."""
+        if not self.memory.get("told") or not self._was_no_hindrance():
+            return None
+        told = self.memory.pop("told")
+        return Verdict(**{**told, "summary": f"{told['summary']}; the loss has come down to a fifth all the same"})
+
+    def _was_no_hindrance(self) -> bool:
+        early, late = followed_losses(self)
+        return has_learned(self, 0.2) and median(late) < early[0] - 0.8 * abs(early[0])
 
     def _shrinking(self, record: StepRecord) -> set[str]:
         """Layers whose weights are smaller than at the probe before."""
@@ -225,8 +243,9 @@ class StalledLayers(Rule):
                 severity=Severity.WARNING,
                 summary="every gradient is exactly 0: the loss does not depend on the weights",
                 remedy=(
-                    "no learning rate helps: look behind the last layer for what lets nothing through (a ReLU on the"
-                    " output, dead or saturated units, a mask or weight of 0 in the loss); set its bias to 0"
+                    "no learning rate helps: look behind the last layer for what lets nothing through: sign(), round()"
+                    " or argmax() (take the loss of the logits), clamp() beyond its limits, a ReLU on the output or"
+                    " dead and saturated units (set the last bias to 0), a mask or weight of 0 in the loss"
                 ),
                 layers=layers,
                 evidence=evidence,

@@ -16,9 +16,7 @@ import torch
 from catalogue import CATALOGUE
 from clinic import Scenario
 from conftest import trainer
-from torch import nn
 
-import lightning_gradhealth as gh
 from lightning_gradhealth import Finding, GradHealth, HealthReport, Severity
 
 # the training, the finding whose code is carried out, and a word that the code must have: which of the cures it is
@@ -82,7 +80,7 @@ def train(case: Scenario, code: str = "") -> Run:
     module, loader = case.make(0)
     options = {"log_every_n_steps": 10, "max_epochs": -1, "max_steps": case.steps, **case.options}
     optimizer, health_arguments = module.configure_optimizers(), {}
-    names = {"model": module, "optimizer": optimizer, "batch": next(iter(loader)), "gh": gh, "torch": torch, "nn": nn}
+    names = {"model": module, "optimizer": optimizer, "batch": next(iter(loader))}  # what else it needs, it imports
     torch.manual_seed(0)
     exec(code, {**names, "trainer_arguments": options, "health_arguments": health_arguments})
     module.configure_optimizers = lambda: optimizer
