@@ -11,7 +11,15 @@ from lightning_gradhealth.layers import LayersSpec, check_layers
 from lightning_gradhealth.records import Condition
 from lightning_gradhealth.response import OnNonFinite, check_on_non_finite
 from lightning_gradhealth.rules import Rule, Thresholds
-from lightning_gradhealth.validation import check_int, check_regex, check_type, likely_meant, shown, wrong
+from lightning_gradhealth.validation import (
+    check_int,
+    check_regex,
+    check_several,
+    check_type,
+    likely_meant,
+    shown,
+    wrong,
+)
 
 Ignore = Mapping[str, str] | Iterable[str] | str | None
 StopOn = Sequence[str] | str
@@ -57,11 +65,9 @@ def _check_ignore(ignore: Ignore, rules: Sequence[Rule]) -> dict[str, str]:
         return {}
     if isinstance(ignore, str):
         ignore = {ignore: ".*"}
-    elif isinstance(ignore, bytes) or not isinstance(ignore, Iterable):
-        must = "a condition, several, or condition -> regex"
-        raise TypeError(wrong("ignore", must, ignore, 'e.g. ignore={"stalled_layers": "head.*"}'))
     elif not isinstance(ignore, Mapping):
-        ignore = _as_keys(ignore)
+        must = "a condition, several, or condition -> regex"
+        ignore = _as_keys(check_several("ignore", ignore, must, 'e.g. ignore={"stalled_layers": "head.*"}'))
     for condition, pattern in ignore.items():
         _check_condition("ignore", condition, rules)
         check_regex("ignore", pattern, "it is matched against layer names; '.*' mutes the condition everywhere")
@@ -119,9 +125,9 @@ def check_stop_on(stop_on: StopOn, rules: Sequence[Rule]) -> frozenset[str]:
         >>> sorted(check_stop_on("exploding_gradients", ()))
         ['exploding_gradients']
     """
-    if isinstance(stop_on, bytes) or not isinstance(stop_on, (str, Iterable)):
-        raise TypeError(wrong("stop_on", "a condition or several", stop_on, 'e.g. stop_on="exploding_gradients"'))
-    conditions = [stop_on] if isinstance(stop_on, str) else list(stop_on)
+    remedy = 'e.g. stop_on="exploding_gradients"'
+    several = not isinstance(stop_on, str)
+    conditions = check_several("stop_on", stop_on, "a condition or several", remedy) if several else [stop_on]
     for condition in conditions:
         _check_condition("stop_on", condition, rules)
     return frozenset(map(str, conditions))

@@ -29,6 +29,7 @@ LayersSpec = str | int | Sequence[str]
 _GROUPINGS = ("module", "parameter")
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_fsdp_wrapped_module|_orig_mod|_forward_module|_checkpoint_wrapped_module)\.")
+_COPIES = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _PARAMETRIZED = re.compile(r"\.?parametrizations\..*$")
 
 
@@ -51,7 +52,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        if isinstance(model, _COPIES):
             model = model.module
         elif isinstance(inner := getattr(model, "_forward_module", None), nn.Module):
             model = inner
@@ -211,16 +212,21 @@ class Layout:
         modules = dict(self.model.named_modules())
         self.kinds = tuple(sorted({kind for module in modules.values() if (kind := kind_of(class_of(module)))}))
         for path, module in modules.items():
-            owner = _PARAMETRIZED.sub("", clean_name(f"{path}.")).rstrip(".")
+            owner = _PARAMETRIZED.sub("", self._clean(f"{path}.")).rstrip(".")
             whose = modules.get(_PARAMETRIZED.sub("", path), module)
             for key, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in self.slot_of:
-                    name = clean_name(f"{path}.{key}" if path else key)
+                    name = self._clean(f"{path}.{key}" if path else key)
                     layer = _group_of(name, owner, root, self.layers)
                     table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
                     self._add(name, parameter, layer, owner, whose, embedding=table and parameter.ndim == 2)
         for pattern in self._unmatched():
             say(f"gradhealth: layers: {pattern!r} matches no parameter name; its layers are grouped by module")
+
+    def _clean(self, name: str) -> str:
+        """A name without what is put around the model, as by `torch.compile(DistributedDataParallel(...))`."""
+        wrapped = isinstance(getattr(self.model, "_orig_mod", None), _COPIES)
+        return clean_name(name.removeprefix("_orig_mod.module.") if wrapped else name)
 
     def _unmatched(self) -> list[str]:
         """The regexes of `layers` that match nothing."""
@@ -325,7 +331,7 @@ class Layout:
         Their gradients are zero but for rounding: they say nothing about the signal, and need not move.
         """
         if self._cancelled is None:
-            modules = {clean_name(f"{path}.").rstrip("."): m for path, m in self.model.named_modules()}
+            modules = {self._clean(f"{path}.").rstrip("."): m for path, m in self.model.named_modules()}
             chain = self._used or [
                 path for path, m in modules.items() if isinstance(m, _NormBase) or has_own_parameters(m)
             ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import numbers
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -619,8 +620,12 @@ def _check_loss(loss: Any) -> None:
             raise ValueError(
                 f"loss must be one number, got a tensor of shape {tuple(loss.shape)}; e.g. loss=loss.mean()"
             )
-    elif isinstance(loss, bool) or not isinstance(loss, numbers.Real):
-        raise TypeError(wrong("loss", "a tensor of shape () or a float", loss, "leave it out where there is none"))
+        return
+    must, remedy = "a tensor of shape () or a float", "leave it out where there is none"
+    if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
+        raise TypeError(wrong("loss", must, loss, remedy))
+    if isinstance(loss, int) and abs(loss) > sys.float_info.max:
+        raise ValueError(wrong("loss", must, loss, remedy))
 
 
 def _warn_on_rank_zero(line: str) -> None:

@@ -106,6 +106,24 @@ def check_int(argument: str, value: Any, least: int | None, remedy: str, must: s
     return int(value)
 
 
+def check_several(argument: str, value: Any, must: str, remedy: str) -> list[Any]:
+    """Return what an iterable gives, as a list; a text is one value, not several.
+
+    Raises:
+        TypeError: It gives nothing, or is a text or bytes.
+
+    Example:
+        >>> check_several("stop_on", ("loss_spike",), "conditions", "name one")
+        ['loss_spike']
+    """
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return list(value)
+    except Exception as error:
+        raise TypeError(wrong(argument, must, value, remedy)) from error
+
+
 def check_number(
     argument: str, value: Any, remedy: str, *, above: float = 0.0, below: float = math.inf, at_most: float | None = None
 ) -> float:

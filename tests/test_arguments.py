@@ -7,6 +7,7 @@ is taken on purpose, each with its reason.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import traceback
@@ -294,7 +295,41 @@ def metrics() -> Iterator[Row]:
     yield Row("SaturatedUnitFraction", "threshold", saturated, NO_NUMBERS, [*NOT_POSITIVE, 1, 2])
 
 
+class Nameless:
+    """Cannot even be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+class Unwilling:
+    """Says that it can be iterated over, and cannot."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise RuntimeError("no iteration")
+
+
+def odd() -> Iterator[Row]:
+    """Values that break what looks at them: their text, their parts, their size."""
+    no_parts = [torch.tensor(1.0), np.array(1.0), Unwilling()]
+    for argument in ("stop_on", "ignore"):
+        yield Row("GradHealth", argument, keyword(gh.GradHealth, argument), no_parts)
+        yield Row("HealthSession", argument, keyword(functools.partial(gh.HealthSession, net()), argument), no_parts)
+    yield Row("GradientNorm.update", "model", lambda v: gh.GradientNorm().update(v), [np.array(1.0), Unwilling()])
+    yield Row("diagnose", "loss_fn", lambda v: gh.diagnose(net(), torch.ones(8, 4), v), [Nameless()])
+    yield Row("init_weights", "overrides", lambda v: gh.init_weights(net(), overrides=v), [Nameless(), b"x"])
+    no_batch = [5, "x", b"x", True, int, [], {}, NAN]
+    yield Row("plan_init", "calibrate", lambda v: gh.plan_init(net(), torch.ones(8, 4), calibrate=v), [], no_batch)
+    yield Row("Axes", "split", lambda v: gh.Axes(in_axes=0, out_axes=1, split=v), [b"ab", "ab"])
+    meta = torch.empty(2, device="meta")
+    yield Row("SignalGain.update", "input", lambda v: gh.SignalGain().update(v, torch.ones(2)), [], [meta])
+    yield Row("HealthSession.observe", "loss", stepped()[0].add_loss, [], [10**400])
+    for value in (2**63, 10**400):
+        yield Row("HealthSession.observe", "step", lambda v: (s := stepped())[0].observe(s[1], step=v), [], [value])
+
+
 ROWS = [
+    *odd(),
     *callback_and_session(),
     *steps_of_a_session(),
     *monitor(),
@@ -653,13 +688,13 @@ def test_attention_over_views_is_calibrated(views: str, bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", ["auto", "he", "orthogonal"])
 def test_an_orthogonal_parametrization_in_half_precision(dtype: torch.dtype, scheme: str) -> None:
-    """torch has no QR there: it is worked out in float32, and what is remembered keeps its dtype."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    """QR is not to be had there, or too coarse: float32 is used, and what is remembered keeps its dtype."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
     torch.nn.utils.parametrizations.orthogonal(model[0])
     model.to(dtype)
     before = model[0].weight.detach().clone()
-    gh.init_weights(model, torch.randn(4, 8, dtype=dtype), seed=0, scheme=scheme)
+    gh.init_weights(model, torch.randn(4, 32, dtype=dtype), seed=0, scheme=scheme)
     weight = model[0].weight.detach()
     assert {value.dtype for value in model.state_dict().values()} == {dtype}
     assert not torch.equal(weight, before)
-    assert (weight.float() @ weight.float().T - torch.eye(8)).abs().max() < 0.02
+    assert (weight.float() @ weight.float().T - torch.eye(32)).abs().max() < 0.02

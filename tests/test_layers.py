@@ -131,6 +131,8 @@ def inner_parametrized() -> nn.Module:
         lambda: nn.DataParallel(Rooted()),
         lambda: nn.DataParallel(torch.compile(parametrized())),
         lambda: torch.jit.script(Rooted()),
+        lambda: torch.compile(nn.DataParallel(Rooted())),
+        lambda: torch.compile(nn.DataParallel(torch.compile(Rooted()))),
     ],
 )
 def test_a_root_is_called_by_the_class_that_was_written(make: Callable[[], nn.Module]) -> None:

@@ -37,10 +37,10 @@ from lightning_gradhealth.norms import norms, read_once
 from lightning_gradhealth.records import StepRecord
 from lightning_gradhealth.saving import Saver
 from lightning_gradhealth.sharding import Sharding, local, sum_over_ranks
-from lightning_gradhealth.validation import check_int, check_keys
+from lightning_gradhealth.validation import check_int, check_keys, wrong
 
 CAPACITY = 1_024
-
+_STEPS = 2**63  # what loggers can write
 
 _SAVED = ("observed", "had_grad", "without_grad", "used", "clippers")
 
@@ -56,7 +56,13 @@ def check_step(step: int | None) -> int | None:
         >>> check_step(3), check_step(None)
         (3, None)
     """
-    return None if step is None else check_int("step", step, 0, "leave it out to have the steps counted")
+    if step is None:
+        return None
+    remedy = "leave it out to have the steps counted"
+    step = check_int("step", step, 0, remedy)
+    if step >= _STEPS:
+        raise ValueError(wrong("step", "an int below 2^63", step, remedy))
+    return step
 
 
 class GradientMonitor:

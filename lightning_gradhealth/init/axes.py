@@ -58,7 +58,7 @@ class Axes:
             raise ValueError(f"in_axes and out_axes must be different axes, got {ins} and {outs}; name each axis once")
         if self.split is None:
             return
-        if not isinstance(self.split, Sequence) or len(self.split) != 2:
+        if not isinstance(self.split, Sequence) or isinstance(self.split, (str, bytes)) or len(self.split) != 2:
             raise TypeError(wrong("split", "an axis and a count or sizes", self.split, "write split=(0, 3)"))
         _axes("split", self.split[0])
         sizes = _axes("split", self.split[1])

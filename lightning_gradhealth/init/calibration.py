@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_gradhealth.init.owned import Owned
 from lightning_gradhealth.isolation import undisturbed
 from lightning_gradhealth.tracing import UNITS, Graph, Station, Trace, TraceError, follow
+from lightning_gradhealth.validation import wrong
 
 STILL = "its output does not vary on the batch"
 NON_FINITE = "its output is NaN or Inf on the batch"
@@ -86,7 +87,7 @@ def check_batch(batch: Any) -> None:
     """Raise unless a batch is made of numbers; a mask may hold -Inf.
 
     Raises:
-        ValueError: It has a NaN or an Inf.
+        ValueError: It has a NaN or an Inf, or is nothing that could hold a tensor.
 
     Example:
         >>> check_batch(torch.tensor([0.0, math.nan]))
@@ -94,7 +95,10 @@ def check_batch(batch: Any) -> None:
         ...
         ValueError: calibrate must be a batch of numbers, got shape (2,) with NaN or Inf; give data of the training
     """
-    for leaf in tree_leaves(batch):
+    leaves = tree_leaves(batch)
+    if all(leaf is None or isinstance(leaf, (str, bytes, int, float, complex, type)) for leaf in leaves):
+        raise ValueError(wrong("calibrate", "a batch of numbers", batch, "give data of the training"))
+    for leaf in leaves:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_meta and not (leaf < math.inf).all():
             what = f"shape {tuple(leaf.shape)} with NaN or Inf"
             raise ValueError(f"calibrate must be a batch of numbers, got {what}; give data of the training")

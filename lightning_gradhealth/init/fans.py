@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_gradhealth.layers import check_model
-from lightning_gradhealth.validation import check_choice, check_ints, check_type
+from lightning_gradhealth.validation import check_choice, check_ints, check_type, shown
 
 MODES = ("fan_in", "fan_out", "fan_avg", "fan_geo")
 
@@ -83,7 +83,8 @@ def shape_fans(
     shape = tuple(shape)
     if (in_axes is None) != (out_axes is None):
         raise ValueError(
-            f"in_axes and out_axes must be given together, got {in_axes} and {out_axes}; name both or neither"
+            f"in_axes and out_axes must be given together, got {shown(in_axes)} and {shown(out_axes)};"
+            " name both or neither"
         )
     if in_axes is None or out_axes is None:
         if len(shape) < 2:

@@ -17,7 +17,7 @@ from lightning_gradhealth.init.gains import gain as gain_of
 from lightning_gradhealth.init.owned import Owned
 from lightning_gradhealth.init.schemes import DISTRIBUTIONS, SCHEMES
 from lightning_gradhealth.init.settings import Settings
-from lightning_gradhealth.validation import check_choice, check_number
+from lightning_gradhealth.validation import check_choice, check_number, wrong
 
 Selector = type[nn.Module] | str | Callable[[str, Tensor], bool]
 Action = str | float | Mapping[str, Any]
@@ -81,7 +81,7 @@ def check_overrides(overrides: Overrides) -> list[Override]:
         ValueError: A regular expression, an action or one of its keys is wrong, or keys contradict each other.
     """
     pairs = list(overrides.items()) if isinstance(overrides, Mapping) else overrides
-    if isinstance(pairs, str) or not isinstance(pairs, Sequence):
+    if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
         raise TypeError(_no_pairs(overrides))
     checked = []
     for index, pair in enumerate(pairs):
@@ -93,7 +93,7 @@ def check_overrides(overrides: Overrides) -> list[Override]:
 
 
 def _no_pairs(value: object) -> str:
-    return f'overrides must be pairs (selector, action), got {value!r}; write overrides=[(nn.Linear, "xavier")]'
+    return wrong("overrides", "pairs (selector, action)", value, 'write overrides=[(nn.Linear, "xavier")]')
 
 
 def _selector(argument: str, selector: Any) -> Any:

@@ -73,12 +73,9 @@ class _Parametrized(Computed):
         return ""
 
     def split(self, weight: Tensor) -> tuple[Tensor, ...]:
-        try:
-            return _backwards(self._chain, weight)
-        except NotImplementedError:  # torch has no QR in half precision
-            if weight.dtype not in (torch.bfloat16, torch.float16):
-                raise
-        return _backwards_in_float32(self._chain, weight)
+        if weight.dtype in (torch.bfloat16, torch.float16):  # QR is not to be had in these, or is far too coarse
+            return _backwards_in_float32(self._chain, weight)
+        return _backwards(self._chain, weight)
 
     def settle(self, generator: torch.Generator) -> None:
         received: tuple[Tensor, ...] = tuple(p.detach() for _, p in self._chain.named_parameters(recurse=False))

@@ -13,7 +13,7 @@ from lightning_gradhealth.metrics.sums import Sums, VectorSums
 from lightning_gradhealth.norms import norms, norms_or_zero
 from lightning_gradhealth.ratios import norm_ratios
 from lightning_gradhealth.sharding import Sharding, local
-from lightning_gradhealth.validation import check_choice
+from lightning_gradhealth.validation import check_choice, check_several
 
 Model = nn.Module | Tensor | Iterable[Tensor]
 
@@ -221,7 +221,8 @@ def _parameters(model: Model) -> list[Tensor]:
     elif isinstance(model, Tensor):
         found = [model]
     elif isinstance(model, Iterable) and not isinstance(model, str):
-        found = list(model)
+        remedy = "give the model, or model.parameters()"
+        found = check_several("model", model, "a module or parameters", remedy)
     else:
         found = [model]
     strangers = [item for item in found if not isinstance(item, Tensor)]

@@ -194,6 +194,11 @@ class SignalGain(Sums):
 def _check_floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; of several outputs choose one")
+    if value.is_meta:
+        raise ValueError(
+            f"{name} must have values, got a tensor of shape {tuple(value.shape)} on the meta device;"
+            " give what a forward pass gives"
+        )
     if not value.is_floating_point():
         raise TypeError(
             f"{name} must be a floating-point tensor, got {value.dtype}; of token ids give what the embedding returns"

@@ -26,6 +26,7 @@ from lightning_gradhealth.records import FlowReport
 from lightning_gradhealth.rules import Thresholds
 from lightning_gradhealth.sharding import is_sharded
 from lightning_gradhealth.steps import has_training_step
+from lightning_gradhealth.validation import wrong
 
 COTANGENTS = 3  # random directions, where there is no loss: the median of three leaves one outlier out
 
@@ -73,7 +74,8 @@ def diagnose(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass the model itself")
     if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn must be a function of output and target or None, got {loss_fn!r}")
+        remedy = "e.g. loss_fn=torch.nn.functional.cross_entropy"
+        raise TypeError(wrong("loss_fn", "a function of output and target or None", loss_fn, remedy))
     model = opened(model)
     if loss_fn is None and has_training_step(model):
         return examine(model, lambda: from_training_step(model, copied(batch)))
