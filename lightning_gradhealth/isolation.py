@@ -136,8 +136,6 @@ class _Memory:
             self._keep_collection(value)
         elif isinstance(value, (np.ndarray, bytearray)):
             self._keep_array(value)
-        elif isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
-            self._keep_function(value)
         elif isinstance(value, io.IOBase):
             self._keep_file(value)
         elif is_plain(value):
@@ -201,19 +199,6 @@ class _Memory:
             kept = {name: value for name, value in vars(each).items() if not name.startswith("__")}
             self._open += [value for value in kept.values() if not isinstance(value, types.FunctionType)]
             self._undo.append(functools.partial(_put_back, each, kept))
-
-    def _keep_function(self, value: Any) -> None:
-        """What a function of the user's remembers: the variables around it, what it is bound to."""
-        if isinstance(value, types.MethodType):
-            self._open.append(value.__self__)
-        elif isinstance(value, functools.partial):
-            self._open += [value.func, value.args, value.keywords]
-        elif of_the_user(value):
-            for cell in value.__closure__ or ():
-                with suppress(ValueError):  # a variable that was never set
-                    content = cell.cell_contents
-                    self._open.append(content)
-                    self._undo.append(functools.partial(setattr, cell, "cell_contents", content))
 
     def _keep_file(self, file: Any) -> None:
         """A file in memory, and the place in one that is only read; what has been written to a disk stays there."""
@@ -358,9 +343,10 @@ def undisturbed(model: nn.Module, *, silent: bool = False, weights: bool = False
     Restored: random state; buffers, tensors and other attributes of all modules (the same tensor objects in the same
     memory), with the lists, dicts, sets, arrays and objects among them, so the state of metrics too; training flags;
     `.grad` (None inside, and the same tensors afterwards) and `requires_grad` of every parameter; grad mode and
-    autocast. Iterators over sequences are run on a copy, classes, functions and files in memory are put back.
+    autocast. Iterators over sequences are run on a copy, classes and files in memory are put back.
     Not restored: what belongs to the loop around the model (a trainer, an optimizer, a dataset), and what cannot be
-    (a generator, other iterators, as that of a DataLoader, what was written to a file).
+    (a generator, other iterators, as that of a DataLoader, what was written to a file). Functions are left alone, too:
+    what a hook of the user's notes down in a variable around it is often what it is there for.
 
     Args:
         model: Any module.

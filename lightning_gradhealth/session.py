@@ -588,7 +588,8 @@ class HealthSession:
         before = self.state_dict()
         try:
             self._take_up(state)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            self._peek()[0].report(())  # it can be gone on from
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             self._take_up(before)
             raise ValueError(
                 f"state must be what state_dict() returned, got one that cannot be read ({reason_of(error)}); it may be"

@@ -445,6 +445,22 @@ def no_norms(state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
+def row_with(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        state["monitor"]["rows"][0][name] = value
+        return state
+
+    return change
+
+
+def history_with(value: Any) -> Callable[[dict[str, Any]], Any]:
+    def change(state: dict[str, Any]) -> dict[str, Any]:
+        state["judgement"]["history"]["totals"][0] = value
+        return state
+
+    return change
+
+
 STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a tensor": lambda _: torch.ones(3),
     "one number": lambda _: torch.ones(()),
@@ -460,6 +476,9 @@ STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a history of another width": short_history,
     "a count that is None": lambda state: {**state, "judgement": {**state["judgement"], "steps": None}},
     "norms truncated": no_norms,
+    "an origin that is no text": row_with("origin_unknown", None),
+    "a loss scale that is no number": row_with("scale", "x"),
+    "a history with a word in it": history_with("x"),
     "layers that are no names": lambda state: {**state, "logged_layers": 5},
 }
 

@@ -538,22 +538,19 @@ def test_leaves_no_trace(fault: Callable[[Tensor], Tensor]) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-SEEN: list[weakref.ref[Tensor]] = []  # what a function has around it is as before after the search, and empty
-
-
 def test_frees_what_it_ran() -> None:
-    SEEN.clear()
+    seen: list[weakref.ref[Tensor]] = []
 
     def spy(x: Tensor) -> Tensor:
         y = x * 2
-        SEEN.append(weakref.ref(y))
+        seen.append(weakref.ref(y))
         return y
 
     net = chain(nn.Linear(8, 8), spy, sqrt_of_zero)
     gc.disable()
     try:
         search(net)
-        assert SEEN[0]() is None  # without the help of the garbage collector
+        assert seen[0]() is None  # without the help of the garbage collector
     finally:
         gc.enable()
 
