@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_gradhealth import (
     Chain,
@@ -312,63 +312,3 @@ def test_memories_in_a_chain_see_what_the_ones_before_leave() -> None:
     chain = Chain([NormClip(2.0), PercentileClip(100)])
     cuts(chain, [1.0, 50.0, 3.0])
     assert chain.clippers[1].state["norms"].nan_to_num()[-3:].tolist() == pytest.approx([1.0, 2.0, 2.0])
-
-
-def swinging(steps: int, growth: float, sign: float) -> list[Tensor]:
-    """Gradients of a growing norm that turn round by almost half a circle, or hardly at all, from step to step."""
-    made, generator = [], torch.Generator().manual_seed(0)
-    for step in range(steps):
-        direction = torch.tensor([sign**step, 0.3]) + 0.1 * torch.randn(2, generator=generator)
-        size = growth ** max(0, step - 20) * (1.0 + 0.4 * (step % 2))
-        made.append(size * direction / direction.norm())
-    return made
-
-
-def opened(gradients: list[Tensor]) -> list[int]:
-    """The steps at which the gate opens for longer than one of them."""
-    gate, steps = WhenExploding(), []
-    for step, gradient in enumerate(gradients):
-        weight = nn.Parameter(torch.zeros(2))
-        weight.grad = gradient.clone()
-        cut = gate.decide(Gradients.of(weight))
-        assert cut.outbreak is not None
-        if cut.outbreak:
-            steps.append(step)
-    return steps
-
-
-def test_gradients_that_point_back_and_grow_are_an_outbreak_and_those_that_go_on_are_growth() -> None:
-    back = opened(swinging(50, 1.15, -1.0))
-    assert back
-    assert back[0] < 40
-    assert opened(swinging(50, 1.15, 1.0)) == []  # the same norms
-    assert opened(swinging(50, 1.0, -1.0)) == []  # the same directions
-
-
-def test_the_turn_of_a_gradient_is_its_cosine_with_the_step_before() -> None:
-    generator = torch.Generator().manual_seed(0)
-    gate, before = WhenExploding(), None
-    for scale in (1.0, 1e-20, 1e20, 3.0):
-        weights = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (7,), ())]
-        for weight in weights:
-            weight.grad = scale * torch.randn(weight.shape, generator=generator)
-        now = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]).double() / scale
-        turn = gate._turn(Gradients.of(*weights))
-        known = 0.0 if before is None else torch.nn.functional.cosine_similarity(now, before, dim=0).item()
-        assert turn is not None
-        assert turn.item() == pytest.approx(known, abs=1e-6)
-        before = now
-
-
-def test_the_turn_is_unknown_where_gradients_come_and_go_and_not_asked_for_after_the_first_steps() -> None:
-    gate, turns = WhenExploding(), []
-    for count in (1, 2, 2):
-        weights = [nn.Parameter(torch.zeros(2)) for _ in range(count)]
-        for weight in weights:
-            weight.grad = torch.ones(2)
-        turns.append(gate._turn(Gradients.of(*weights)))
-    assert [None if turn is None else round(turn.item(), 6) for turn in turns] == [0.0, 0.0, 1.0]
-    for _ in range(WhenExploding.EARLY):
-        turn = gate._turn(Gradients.of(*weights))
-    assert turn is None
-    assert gate._before == []

@@ -7,6 +7,7 @@ import scenarios_everyday  # noqa: F401
 import scenarios_healthy  # noqa: F401
 import scenarios_images  # noqa: F401
 import scenarios_mistakes  # noqa: F401
+import scenarios_reports  # noqa: F401
 import scenarios_sequences  # noqa: F401
 import scenarios_training  # noqa: F401
 import scenarios_units  # noqa: F401

@@ -64,6 +64,7 @@ class Scenario:
             cannot fall, or is no measure of learning (GAN).
         noted: Conditions that must be noted, of severity info.
         options: Of the Trainer.
+        report: The public report behind it, as "owner/repository#number"; "": none.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Scenario:
     falls: float | None = 0.2
     noted: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    report: str = ""
 
     def make(self, seed: int) -> tuple[pl.LightningModule, DataLoader]:
         """The module and its data; the same seed gives the same again."""

@@ -36,7 +36,13 @@ def _layers() -> list[nn.Module]:
     return [nn.Linear(16 if number == 0 else 32, 32) for number in range(3)]
 
 
-@scenario("layers in a Python list", 80, must=(must("not_in_optimizer", by=60),), allow=SLOW)
+@scenario(
+    "layers in a Python list",
+    80,
+    must=(must("not_in_optimizer", by=60),),
+    allow=SLOW,
+    report="pytorch/pytorch#715, #666, #38639",
+)
 def in_a_list() -> Built:
     return classifier(Listed(_layers()), adam(3e-3)), classes(80)
 

@@ -128,6 +128,7 @@ def post_norm_too_fast() -> Built:
     150,
     must=(must("collapsing_weights", by=110),),
     allow=("vanishing_gradients", "vanishing_activations", "stalled_loss", "dead_units"),
+    report="BVLC/caffe#1396",
 )
 def decay_too_high() -> Built:
     return classifier(stack(4), sgd(0.1, weight_decay=0.5)), classes(150)

@@ -52,10 +52,21 @@ def table(rows: Sequence[Row]) -> str:
         hits.update(outcome.hits)
         misses.update(name for name, _ in outcome.misses)
         alarms.update(name for name, _ in outcome.alarms)
-    lines = ["| condition | to be found | found | recall | false alarms | precision |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| condition | to be found | found | recall | false alarms | precision | reports |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in sorted({*hits, *misses, *alarms}):
-        lines.append(_line(name, hits[name], misses[name], alarms[name]))
-    return "\n".join([*lines, _line("all", hits.total(), misses.total(), alarms.total())])
+        lines.append(_line(name, hits[name], misses[name], alarms[name]) + f" {_reports(name)} |")
+    return "\n".join([*lines, _line("all", hits.total(), misses.total(), alarms.total()) + " |"])
+
+
+def _reports(condition: str) -> str:
+    """The public reports behind the cases of a condition."""
+    from catalogue import ALL
+
+    cases = (case for case in ALL if case.report and any(condition in wanted.conditions for wanted in case.must))
+    return "; ".join(dict.fromkeys(case.report for case in cases))
 
 
 def _line(name: str, hits: int, misses: int, alarms: int) -> str:

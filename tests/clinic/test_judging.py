@@ -70,12 +70,19 @@ def test_a_run_that_nobody_watched_is_no_healthy_one() -> None:
 def test_table_counts_hits_misses_and_alarms() -> None:
     found = report(("dead_units", "warning", ("net.2",), 5), ("loss_spike", "warning", (), 5))
     rows = [("a", 0, judge(label(), found)), ("b", 1, judge(label(), report()))]
-    assert table(rows).splitlines()[2:] == [
+    lines = table(rows).splitlines()[2:]
+    assert [line.rpartition("|")[0].rpartition("|")[0] + "|" for line in lines] == [
         "| dead_units | 2 | 1 | 0.50 | 0 | 1.00 |",
         "| loss_spike | 0 | 0 | – | 1 | 0.00 |",
         "| all | 2 | 1 | 0.50 | 1 | 0.50 |",
     ]
     assert [line.split(":")[0] for line in complaints(rows)] == ["a, seed 0", "b, seed 1"]
+
+
+def test_table_names_the_public_reports_behind_cases() -> None:
+    found = report(("collapsing_weights", "warning", (), 5))
+    rows = [("a", 0, judge(label(must=(must("collapsing_weights"),)), found))]
+    assert "BVLC/caffe#1396" in table(rows).splitlines()[2]
 
 
 @pytest.mark.parametrize(
