@@ -148,7 +148,11 @@ class Net(nn.Module):
             norm = nn.GroupNorm(1, width) if self.image else nn.LayerNorm(width)
             return self._keep(nn.BatchNorm2d(width) if self.image and number % 2 else norm), width
         if name == "act":
-            return self._keep(list(ACTIVATIONS.values())[number % len(ACTIVATIONS)]()), width
+            kind = list(ACTIVATIONS)[number % len(ACTIVATIONS)]
+            behind = self.operations[-1][0] if self.operations else ""
+            if kind == "ReLU in place" and behind != "layer":  # it may overwrite what another backward pass needs
+                kind = "ReLU"
+            return self._keep(ACTIVATIONS[kind]()), width
         if name == "cat":
             return self._keep(self._layer(width, to)), width + to
         if name == "raw":
