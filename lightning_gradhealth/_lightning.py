@@ -98,8 +98,7 @@ class BackwardLosses:
         value = loss.detach().reshape(()).clone()
         if scaler is not None and scaler.is_enabled() and scaler._scale is not None:  # Lightning has multiplied it
             value = value / scaler._scale.to(value.device)
-        fresh = self._stepped or self._sum is None
-        self._sum = value if fresh or self._sum is None else self._sum + value
+        self._sum = value if self._stepped or self._sum is None else self._sum + value
         self._stepped, self.seen = False, True
 
     def of_step(self) -> Tensor | None:
