@@ -302,17 +302,24 @@ class Sharding:
         """
         return cls(model, parameters) if any(map(is_sharded, parameters)) else None
 
-    def reduce_gradients(self, norms: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def reduce_gradients(
+        self,
+        norms: Tensor,
+        gradients: Sequence[Tensor | None],
+        sums: Sequence[Callable[[Tensor], Tensor]] = (),
+    ) -> tuple[Tensor, ...]:
         """Norms of the whole gradients from the norms of this rank's parts, in one collective.
 
         Args:
             norms: L2 norm of `local(gradient)` for each gradient that is not None, in order, float64.
             gradients: The gradient of each parameter, None where this rank has none; a plain tensor for a DTensor
                 parameter is taken for this rank's part of one that is split as the parameter is.
+            sums: Each makes a vector that is to be summed over the ranks too, from what every gradient of this rank
+                counts for, shape (n,): parts that several ranks hold count once.
 
         Returns:
-            The norms, shape (n,), float64, 0 where there is no gradient; and whether any rank has a gradient,
-            shape (n,), bool. Both are the same on every rank, on the device of the parameters.
+            The norms, shape (n,), float64, 0 where there is no gradient; whether any rank has a gradient, shape (n,),
+            bool; and the sums asked for. All are the same on every rank, on the device of the parameters.
 
         Example:
             >>> layer = nn.Linear(3, 2)
@@ -329,8 +336,11 @@ class Sharding:
             self._present = torch.zeros_like(self._shares_now).index_fill_(0, self._slots, 1.0)
         squares = norms.to(self._device, torch.float64).square()
         mine = torch.zeros_like(self._present).index_copy_(0, self._slots, squares) * self._shares_now
-        summed, ranks = sum_over_ranks(torch.stack([mine, self._present]))
-        return summed.sqrt(), ranks > 0
+        own = [make(self._shares_now).to(self._device, torch.float64) for make in sums]
+        vectors = [mine, self._present, *own]
+        everything = sum_over_ranks(torch.cat(vectors))
+        summed, ranks, *more = torch.split(everything, [len(vector) for vector in vectors])
+        return summed.sqrt(), ranks > 0, *more
 
     def reduce(self, *norms: Tensor) -> tuple[Tensor, ...]:
         """Norms of whole tensors that are split as the parameters are, in one collective for all vectors.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_gradhealth import (
     Chain,
@@ -25,6 +25,7 @@ from lightning_gradhealth import (
     WhenExploding,
     ZScoreClip,
 )
+from lightning_gradhealth.gradients.sampling import sample
 
 SCALE_FREE: dict[str, Callable[[], Clipper]] = {
     "percentile": lambda: PercentileClip(10, window=50),
@@ -312,3 +313,95 @@ def test_memories_in_a_chain_see_what_the_ones_before_leave() -> None:
     chain = Chain([NormClip(2.0), PercentileClip(100)])
     cuts(chain, [1.0, 50.0, 3.0])
     assert chain.clippers[1].state["norms"].nan_to_num()[-3:].tolist() == pytest.approx([1.0, 2.0, 2.0])
+
+
+def swinging(steps: int, growth: float, sign: float) -> list[Tensor]:
+    """Gradients of a growing norm that turn round by almost half a circle, or hardly at all, from step to step."""
+    made, generator = [], torch.Generator().manual_seed(0)
+    for step in range(steps):
+        direction = torch.tensor([sign**step, 0.3]) + 0.1 * torch.randn(2, generator=generator)
+        size = growth ** max(0, step - 20) * (1.0 + 0.4 * (step % 2))
+        made.append(size * direction / direction.norm())
+    return made
+
+
+def opened(gradients: list[Tensor]) -> list[int]:
+    """The steps at which the gate opens for longer than one of them."""
+    gate, steps = WhenExploding(), []
+    for step, gradient in enumerate(gradients):
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = gradient.clone()
+        cut = gate.decide(Gradients.of(weight))
+        assert cut.outbreak is not None
+        if cut.outbreak:
+            steps.append(step)
+    return steps
+
+
+def test_gradients_that_point_back_and_grow_are_an_outbreak_and_those_that_go_on_are_growth() -> None:
+    back = opened(swinging(50, 1.15, -1.0))
+    assert back
+    assert back[0] < 40
+    assert opened(swinging(50, 1.15, 1.0)) == []  # the same norms
+    assert opened(swinging(50, 1.0, -1.0)) == []  # the same directions
+
+
+def test_the_turn_of_a_gradient_is_its_cosine_with_the_step_before() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, before = WhenExploding(), None
+    for scale in (1.0, 1e-20, 1e20, 3.0):
+        weights = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 5), (7,), ())]
+        for weight in weights:
+            weight.grad = scale * torch.randn(weight.shape, generator=generator)
+        now = torch.cat([weight.grad.flatten() for weight in weights if weight.grad is not None]).double() / scale
+        turn = gate._turn(Gradients.of(*weights))
+        known = 0.0 if before is None else torch.nn.functional.cosine_similarity(now, before, dim=0).item()
+        assert turn is not None
+        assert turn.item() == pytest.approx(known, abs=1e-6)
+        before = now
+
+
+def test_directions_are_not_asked_for_after_the_first_steps() -> None:
+    gate, weight = WhenExploding(), nn.Parameter(torch.zeros(2))
+    weight.grad = torch.ones(2)
+    turns = [gate._turn(Gradients.of(weight)) for _ in range(WhenExploding.EARLY + 1)]
+    assert [None if turn is None else round(turn.item(), 6) for turn in (*turns[:3], turns[-1])] == [
+        0.0,
+        1.0,
+        1.0,
+        None,
+    ]
+    assert gate.asking() == []
+    assert "sample" not in gate.state
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_a_step_that_is_not_usable_is_not_the_one_before(value: float) -> None:
+    gate, weight, turns = WhenExploding(), nn.Parameter(torch.zeros(2)), []
+    for gradient in ([1.0, 0.0], [value, 0.0], [0.6, 0.8]):
+        weight.grad = torch.tensor(gradient)
+        turns.append(gate._turn(Gradients.of(weight)))
+    assert [turn is not None and round(turn.item(), 6) for turn in turns] == [0.0, 0.0, 0.6]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 20_000), max_size=40))
+def test_a_sample_is_of_the_largest_and_at_the_same_places(sizes: list[int]) -> None:
+    places = [torch.arange(size) + 100_000.0 * i for i, size in enumerate(sizes)]
+    taken, counts = sample(places, torch.arange(len(sizes)) + 1.0)
+    again, none = sample(places)
+    assert none is None
+    assert counts is not None
+    assert torch.equal(taken, again)
+    assert torch.equal(counts, (taken // 100_000) + 1.0)
+    assert len(taken.unique()) == len(taken) <= 32 * 4_096
+    largest = sorted((size for size in sizes if size), reverse=True)[:32]
+    assert len(taken) >= sum(min(size, 2_048) for size in largest)
+    if len(largest) == len([size for size in sizes if size]) and max(sizes, default=0) <= 4_096:
+        assert torch.equal(taken, torch.cat([torch.zeros(0), *places]))
+
+
+def test_what_has_no_fixed_places_is_not_sampled() -> None:
+    rows = torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (4,), check_invariants=True)
+    taken, _ = sample([rows, None, torch.tensor([3.0])])
+    assert taken.tolist() == [3.0]

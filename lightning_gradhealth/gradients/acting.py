@@ -47,6 +47,11 @@ class Clippers:
             self._mine[number] = copy.deepcopy(self.clip)
         return self._mine.get(number)
 
+    def asking(self, number: int) -> list[Clipper]:
+        """What of an optimizer's clipper wants sums over the ranks along with the norms."""
+        clipper = self.of(number)
+        return [] if clipper is None else clipper.asking()
+
     def decide(self, decision: Decision) -> Cut | None:
         """What is to be done about a step; None where nothing clips, or the clipper fails."""
         if self.clip is None or not decision.gradients.slots:

@@ -9,8 +9,8 @@ is `on_non_finite`'s affair. Statistics live in `state`, tensors by name, one cl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Gradients:
         measure: Global norms of tensors that are split over the ranks as the gradients are; a collective of its own
             if they are split at all.
         anywhere: Whether a flag is set on any rank; a collective of its own if the gradients are split.
+        sums: What clippers ask for, see `Clipper.sums`, over all ranks; empty where the gradients are not split.
 
     Example:
         >>> layer = nn.Linear(2, 1, bias=False)
@@ -51,6 +52,7 @@ class Gradients:
     norms: Tensor
     measure: Callable[[Sequence[Tensor | None]], Tensor] = norms_or_zero
     anywhere: Callable[[Tensor], Tensor] = _here
+    sums: Mapping[Clipper, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, *parameters: nn.Parameter) -> Gradients:
@@ -267,6 +269,22 @@ class Clipper:
     def children(self) -> Sequence[Clipper]:
         """The clippers inside."""
         return ()
+
+    def asking(self) -> list[Clipper]:
+        """The clippers, itself and those inside, that want `sums` of this step."""
+        return [clipper for child in self.children() for clipper in child.asking()]
+
+    def sums(self, tensors: Sequence[Tensor | None], shares: Tensor | None = None) -> Tensor:
+        """Sums over elements of the gradients that are wanted over all ranks, in the collective of the norms.
+
+        Args:
+            tensors: This rank's parts, plain tensors.
+            shares: What each of them counts for on this rank, shape (len(tensors),); None: 1.
+
+        Returns:
+            Shape (n,), the same n on every rank and at every step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define sums(tensors, shares): it asks for them")
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it and the clippers inside remember, as tensors and primitives."""

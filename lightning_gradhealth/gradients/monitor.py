@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_gradhealth.gradients.acting import Clippers
 from lightning_gradhealth.gradients.between import Changed, Gone
-from lightning_gradhealth.gradients.clipping import Gradients, summed_up
+from lightning_gradhealth.gradients.clipping import Clipper, Gradients, summed_up
 from lightning_gradhealth.gradients.decision import Clip, Decision, check_clip
 from lightning_gradhealth.gradients.flags import flags_of, without_effect
 from lightning_gradhealth.gradients.grouping import make_record
@@ -187,7 +188,7 @@ class GradientMonitor:
         if grad_scaler is not None and pending and self.clippers.clip is not None:
             grad_scaler.unscale_(known_to(grad_scaler, given))
             pending = False
-        vector = self._measure(number, pattern, tensors, exact=exact)
+        vector, sums = self._measure(number, pattern, tensors, self.clippers.asking(number), exact=exact)
         scale = None
         if grad_scaler is not None and scaled and grad_scaler._scale is not None:
             scale = grad_scaler._scale.clone()
@@ -195,7 +196,7 @@ class GradientMonitor:
             vector = unscaled(vector, grad_scaler)
         rates = tuple(rate(group) for group in optimizer.param_groups)
         row = Row(step, number, pattern, rates, vector, scaled)
-        decision = Decision(optimizer, self._gradients(number, pattern, tensors, vector), row)
+        decision = Decision(optimizer, self._gradients(number, pattern, tensors, vector, sums), row)
         decision.cut = self.clippers.decide(decision)
         if decision.cut is not None:
             row.cut = flags_of(decision.cut)
@@ -290,16 +291,28 @@ class GradientMonitor:
         if sharding is not None:
             self.layout.set_sizes(pattern.owned, sharding.numel)
 
-    def _measure(self, number: int, pattern: Pattern, tensors: Sequence[Tensor | None], *, exact: bool) -> Tensor:
-        """Norms of the whole of gradients of which this rank may hold a part: one collective if it does."""
-        parts = norms([local(tensor) for tensor in tensors if tensor is not None], exact=exact)
+    def _measure(
+        self,
+        number: int,
+        pattern: Pattern,
+        tensors: Sequence[Tensor | None],
+        asking: Sequence[Clipper] = (),
+        *,
+        exact: bool,
+    ) -> tuple[Tensor, dict[Clipper, Tensor]]:
+        """Norms of the whole of gradients, and where this rank may hold a part the sums asked for: one collective."""
+        mine = [None if tensor is None else local(tensor) for tensor in tensors]
+        parts = norms([part for part in mine if part is not None], exact=exact)
         sharding = self._shardings[number]
         if sharding is None:
-            return parts
-        by_slot = dict(zip(pattern.slots, tensors, strict=True))
-        whole, _ = sharding.reduce_gradients(parts, [by_slot.get(slot) for slot in pattern.owned])
+            return parts, {}
+        by_slot = dict(zip(pattern.slots, zip(tensors, mine, strict=True), strict=True))
+        owned, here = zip(*(by_slot.get(slot, (None, None)) for slot in pattern.owned), strict=True)
+        wanted = [functools.partial(clipper.sums, here) for clipper in asking]
+        whole, _, *sums = sharding.reduce_gradients(parts, owned, wanted)
         places = self._places(pattern, whole.device)
-        return whole if places is None else whole.index_select(0, places)
+        whole = whole if places is None else whole.index_select(0, places)
+        return whole, dict(zip(asking, sums, strict=True))
 
     def _places(self, pattern: Pattern, device: torch.device) -> Tensor | None:
         """Places of the gradients among all owned parameters; None where all have one."""
@@ -310,18 +323,25 @@ class GradientMonitor:
             self._positions[pattern] = torch.tensor(places, dtype=torch.int64).to(device)
         return self._positions[pattern]
 
-    def _gradients(self, number: int, pattern: Pattern, tensors: Sequence[Tensor | None], vector: Tensor) -> Gradients:
+    def _gradients(
+        self,
+        number: int,
+        pattern: Pattern,
+        tensors: Sequence[Tensor | None],
+        vector: Tensor,
+        sums: dict[Clipper, Tensor],
+    ) -> Gradients:
         slots = [self.layout.slots[slot] for slot in pattern.slots]
         if self._shardings[number] is None:
             return Gradients(slots, tensors, vector)
 
         def measure(copies: Sequence[Tensor | None]) -> Tensor:
-            return self._measure(number, pattern, copies, exact=False)
+            return self._measure(number, pattern, copies, exact=False)[0]
 
         def anywhere(flag: Tensor) -> Tensor:
             return sum_over_ranks(flag.to(vector.dtype)) > 0
 
-        return Gradients(slots, tensors, vector, measure, anywhere)
+        return Gradients(slots, tensors, vector, measure, anywhere, sums)
 
     # --- probes ---
 

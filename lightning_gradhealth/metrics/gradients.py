@@ -203,7 +203,8 @@ def _gradient_norms(model: nn.Module, parameters: Sequence[Tensor]) -> tuple[Ten
     sharding = Sharding.of(model, parameters)
     if sharding is not None:  # a rank may hold nothing, but has to take part
         parts = norms([local(gradient) for gradient in gradients if gradient is not None])
-        return *sharding.reduce_gradients(parts, gradients), sharding.numel
+        whole, present = sharding.reduce_gradients(parts, gradients)
+        return whole, present, sharding.numel
     if all(gradient is None for gradient in gradients):
         raise ValueError(
             "model: none of its parameters has a gradient; update the metric after backward() and before zero_grad()"

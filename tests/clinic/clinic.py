@@ -58,7 +58,8 @@ class Scenario:
         steps: Optimizer steps.
         must: What must be found; empty: a healthy training.
         allow: Conditions that are true as well, or follow from the illness sooner or later.
-        chain: Regex of the modules, by full name, whose outputs are the main chain, for the twin.
+        chain: Regex of the modules, by full name, whose outputs are the main chain, for the twin; of one that is called
+            many times, its calls.
         units: Regex of modules -> the activation that their outputs go into, for the twin.
         falls: Least fall of the loss, as a share of its start, that shows that a healthy training learns; None: it
             cannot fall, or is no measure of learning (GAN).

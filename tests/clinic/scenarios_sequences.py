@@ -16,6 +16,7 @@ from nets import (
     adamw,
     classifier,
     recall,
+    regressor,
     text,
     token_loss,
 )
@@ -107,6 +108,47 @@ class CellLoop(nn.Module):
 @scenario("GRU cell in a loop", 150)
 def cell_loop() -> Built:
     return classifier(CellLoop(), adam(1e-2)), recall(150, batch=32, length=5)
+
+
+class OwnCell(nn.Module):
+    """A recurrent cell of one's own, of two layers, called once a step.
+
+    Args:
+        gain: Of its recurrent weights, which are orthogonal.
+    """
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.read, self.back, self.head = nn.Linear(4, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 4)
+        nn.init.orthogonal_(self.back.weight, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 32)
+        for step in x.unbind(1):
+            h = functional.leaky_relu(self.read(step) + self.back(h), 0.9)
+        return self.head(h)
+
+
+def lately(steps: int) -> list[tuple[Tensor, Tensor]]:
+    """What the last three of thirty steps come to."""
+    x = torch.randn(steps, 32, 30, 4)
+    return list(zip(x, x[:, :, -3:].sum(2), strict=True))
+
+
+@scenario("cell of one's own", 100, chain=r"net\.read")
+def own_cell() -> Built:
+    return regressor(OwnCell(1.05), adam(3e-3)), lately(100)
+
+
+@scenario(
+    "cell of one's own with large recurrent weights",
+    60,
+    must=(must("exploding_gradients", named="net.back", by=40),),
+    allow=("exploding_activations", "loss_spike", "oversized_updates", "stalled_loss", "stalled_layers"),
+    chain=r"net\.read",
+)
+def own_cell_large() -> Built:
+    return regressor(OwnCell(1.7), adam(1e-4)), lately(60)
 
 
 class Bag(nn.Module):

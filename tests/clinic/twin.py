@@ -181,6 +181,8 @@ class Twin(pl.Callback):
         if self.case.chain is None:
             return
         chain = [calls for name, calls in self._kept.items() if re.fullmatch(self.case.chain, name)]
+        if len(chain) == 1:  # a cell: its calls are the chain
+            chain = [[call] for call in chain[0]]
         self.forward.append([rms(np.concatenate([call[0].ravel() for call in calls])) for calls in chain])
         gradients = [[gradient.ravel() for call in calls for gradient in call[1:]] for calls in chain]
         self.backward.append([rms(np.concatenate(parts)) if parts else 0.0 for parts in gradients])
