@@ -7,6 +7,7 @@ for verdicts over depth.
 
 from __future__ import annotations
 
+import functools
 import numbers
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -72,6 +73,12 @@ def is_compiled(module: nn.Module) -> bool:
         or getattr(module, "_compiled_call_impl", None) is not None
         or getattr(module, "_compiler_ctx", None) is not None
     )
+
+
+@functools.cache
+def _gone(axes: int) -> nn.Parameter:
+    """What stands for every parameter that was let go: no element, with as many axes."""
+    return nn.Parameter(torch.empty((0,) * axes, device="meta"), requires_grad=False)
 
 
 def check_layers(layers: LayersSpec) -> LayersSpec:
@@ -255,8 +262,7 @@ class Layout:
         for number in gone:
             slot = self.slots[number]
             del self.slot_of[id(slot.parameter)]
-            shape = torch.empty_like(slot.parameter, device="meta")
-            self.slots[number] = replace(slot, parameter=nn.Parameter(shape, requires_grad=False))
+            self.slots[number] = replace(slot, parameter=_gone(slot.parameter.ndim))
             self.sizes[number] = 0
         return gone
 

@@ -31,7 +31,7 @@ from lightning_gradhealth.response import OnNonFinite, Response
 from lightning_gradhealth.rules import Rule, Thresholds, default_rules
 from lightning_gradhealth.saving import Saver
 from lightning_gradhealth.signals import SIGNALS, TEMPORAL, Reading, SignalProbe, with_signals
-from lightning_gradhealth.validation import check_flag, check_keys, check_type, wrong
+from lightning_gradhealth.validation import check_flag, check_keys, check_type, takes, wrong
 
 DEFAULT_CADENCE = 50
 ALWAYS_PROBED = frozenset({0, 1, 2, 4, 8, 16, 32})  # what goes wrong at the start does so within a few steps
@@ -111,6 +111,9 @@ class HealthSession:
         check_model("model", model)
         if announce is not None and not callable(announce):
             raise TypeError(wrong("announce", "a function of one line, or None", announce, "e.g. announce=print"))
+        if announce is not None and not takes(announce, 1):
+            must = "a function that can be called with one line alone"
+            raise TypeError(wrong("announce", must, announce, "e.g. announce=lambda line: print(line)"))
         watch_calls = check_flag("watch_calls", watch_calls)
         self.stop_on = check_stop_on(stop_on, rules)
         self.probe_every_n_steps = probe_every_n_steps or DEFAULT_CADENCE

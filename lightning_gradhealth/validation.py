@@ -7,11 +7,12 @@ numbers. Tensors do not: to read one may wait for a device.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import numbers
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 from lightning_gradhealth.messages import printable
@@ -64,6 +65,24 @@ def check_type(argument: str, value: Any, kind: type[T] | tuple[type[T], ...], m
     if not isinstance(value, kind):
         raise TypeError(wrong(argument, must, value, remedy))
     return value
+
+
+def takes(function: Callable[..., Any], number: int) -> bool:
+    """Whether a function can be called with so many positional arguments; where it has no signature, it is believed.
+
+    Example:
+        >>> takes(print, 1), takes(lambda: None, 1)
+        (True, False)
+    """
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # as of some functions written in C
+        return True
+    try:
+        signature.bind(*range(number))
+    except TypeError:
+        return False
+    return True
 
 
 def check_flag(argument: str, value: Any, remedy: str = "leave it out for the default") -> bool:

@@ -99,7 +99,7 @@ def callback_and_session() -> Iterator[Row]:
     no_key = [5, True, [], b"x", {}, NAN, lambda: 0]
     yield Row("GradHealth", "loss_key", keyword(gh.GradHealth, "loss_key"), no_key, [""])
     yield Row("HealthSession", "model", gh.HealthSession, NO_MODELS)
-    no_function = [5, "print", True, [], {}, NAN, 0, ""]
+    no_function = [5, "print", True, [], {}, NAN, 0, "", lambda: None, lambda line, level: None]
     yield Row("HealthSession", "announce", lambda v: gh.HealthSession(net(), announce=v), no_function)
     yield Row("HealthSession", "watch_calls", lambda v: gh.HealthSession(net(), watch_calls=v), NO_FLAGS)
 
@@ -415,6 +415,15 @@ def right() -> Iterable[tuple[str, Callable[[], Any], str]]:
     yield "Thresholds(numpy)", lambda: gh.Thresholds(time_window=np.int64(9), time_ratio=np.float64(9.0)), "NumPy's"
     yield "dead_units=1", lambda: gh.Thresholds(dead_units=1.0), "all units: a share"
     yield "layers=[...]", lambda: gh.Verdict("info", "s", "r", layers=["0"]), "any sequence of names"  # type: ignore[arg-type]
+    yield "announce=print", lambda: session(announce=print), "any function that takes a line"
+    yield "GradientNormRatio('x')", lambda: gh.GradientNormRatio("x"), "a regex; what it matches shows with the model"
+    finding = lambda: gh.Finding("loss_spike", "warning", (), 0, 0, "s", {}, "r")  # type: ignore[arg-type]  # noqa: E731
+    yield "Finding(severity='warning')", finding, "a severity is its name"
+    yield (
+        "Verdict(evidence=tensor)",
+        lambda: gh.Verdict("info", "s", "r", evidence={"x": OBJECT}),
+        "made plain when told",
+    )
     yield "Chain(tuple)", lambda: gh.Chain((gh.NormClip(1.0),)), "any sequence"
 
 

@@ -525,9 +525,11 @@ def test_a_norm_behind_it_or_a_moderate_size_is_no_swallowing(place: int | None,
     assert not train(model, torch.optim.SGD(model.parameters(), lr=1e-3)).conditions
 
 
-def clipped_under_a_scaler(order: str, scale: float, limit: float, kind: Any, rate: float) -> HealthReport:
-    """`order` names what happens to the gradients: u(nscaled), c(lipped), o(bserved)."""
-    net = tanh_net()
+def clipped_under_a_scaler(
+    order: str, scale: float, limit: float, kind: Any, rate: float, net: nn.Module | None = None
+) -> HealthReport:
+    """`order` names what happens to the gradients: u(nscaled), c(lipped by norm), v (by value), o(bserved)."""
+    net = net or tanh_net()
     optimizer = kind(net.parameters(), lr=rate)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     session = HealthSession(net, probe_every_n_steps=10, announce=lambda line: None)
@@ -541,6 +543,8 @@ def clipped_under_a_scaler(order: str, scale: float, limit: float, kind: Any, ra
                 scaler.unscale_(optimizer)
             elif what == "c":
                 torch.nn.utils.clip_grad_norm_(net.parameters(), limit)
+            elif what == "v":
+                torch.nn.utils.clip_grad_value_(net.parameters(), limit)
             else:
                 session.apply(session.observe(optimizer, loss, grad_scaler=scaler))
         scaler.step(optimizer)
@@ -577,6 +581,39 @@ def test_clipping_before_unscale_is_said_so(
         assert f"loss scale {scale:g}" in finding.summary
         assert "unscale_" in finding.remedy
         assert finding.evidence["norm_with_scale"] == pytest.approx(limit, rel=1e-3)
+
+
+def relu_net(norm: bool, width: int = 32) -> nn.Module:
+    torch.manual_seed(1)
+    layers = [nn.Linear(8 if number == 0 else width, width) for number in range(4)]
+    norms = [nn.BatchNorm1d(width) if norm else nn.Identity() for _ in layers]
+    parts = (part for layer, scale in zip(layers, norms, strict=True) for part in (layer, scale, nn.ReLU()))
+    return nn.Sequential(*parts, nn.Linear(width, 1))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("order", "limit", "rate", "sick"),
+    [
+        ("vo", 1.0, 1e-3, True),
+        ("vo", 0.1, 1e-2, True),
+        ("ov", 1.0, 1e-3, True),
+        ("vuo", 1.0, 1e-3, True),
+        ("ouv", 1.0, 1e-2, False),
+        ("uvo", 0.01, 1e-2, False),
+        ("uo", 1.0, 1e-2, False),
+        ("uo", 1.0, 1e-5, False),  # slow, and nobody clips
+    ],
+)
+def test_clipping_by_value_before_unscale_is_said_so(
+    order: str, limit: float, rate: float, sick: bool, norm: bool
+) -> None:
+    report = clipped_under_a_scaler(order, 2.0**16, limit, SGD, rate, relu_net(norm))
+    told = [f for f in report.findings if f.severity is not Severity.INFO and "loss scale" in f.summary]
+    assert bool(told) is sick
+    if told:
+        assert "clip_grad_value_" in told[0].remedy
+        assert told[0].evidence["loss_scale"] == 2.0**16
 
 
 def test_layers_unfrozen_later_and_never_given_to_the_optimizer_are_a_mistake() -> None:

@@ -307,6 +307,23 @@ def test_replaced_optimizers_are_let_go(make: Callable[[Any], Any], mode: Any) -
     assert session.report().steps == 60
 
 
+def test_what_is_left_of_replaced_weights_is_one_empty_tensor() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    session = HealthSession(model, probe_every_n_steps=1)
+    for _ in range(10):
+        model[1] = nn.Linear(8, 2)
+        optimizer = SGD(model.parameters(), lr=0.1)
+        model(torch.randn(4, 8)).square().mean().backward()
+        session.apply(session.observe(optimizer))
+        optimizer.step()
+        session.flush()
+    slots = session.monitor.layout.slots
+    left = [slot.parameter for slot in slots if slot.parameter.is_meta]
+    assert len(left) >= 8
+    assert len({id(parameter) for parameter in left}) == len({parameter.ndim for parameter in left})
+    assert not any(parameter.numel() for parameter in left)
+
+
 def test_the_x_value_goes_on_when_another_optimizer_takes_over() -> None:
     model = mlp()
     session, seen = HealthSession(model), []

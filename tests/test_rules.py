@@ -28,6 +28,7 @@ from lightning_gradhealth.rules import Verdict, default_rules
 from lightning_gradhealth.rules.clipping import AdaptiveClipping
 from lightning_gradhealth.rules.gradients import ExplodingInTime
 from lightning_gradhealth.rules.plain import code_of
+from lightning_gradhealth.rules.training import OversizedUpdates
 
 THRESHOLDS = Thresholds()
 
@@ -897,3 +898,27 @@ def test_units_that_decay_has_killed_get_a_smaller_decay(decay: float) -> None:
     finding = judged([record(0, 0.0), record(1, 0.0), *(record(i, 1.0) for i in range(2, 6))])[Condition.DEAD_UNITS]
     assert ("weight_decay=" in finding.remedy) == (decay > 0.0)
     assert ('group["weight_decay"]' in finding.code) == (decay > 0.0)
+
+
+def test_norms_beyond_any_training_ask_for_bounds_before_clipping() -> None:
+    def leap(usual: float) -> Finding:
+        calm = StepRecord(step=19, window=tuple(StepStats(i, total_norm=usual) for i in range(20)))
+        wild = StepRecord(step=20, window=(StepStats(20, total_norm=1e5 * usual),))
+        return judged([calm, wild])[Condition.EXPLODING_GRADIENTS]
+
+    assert "exp()" in leap(1e20).remedy.partition("clip=")[0]
+    assert not leap(1e20).code  # clipping alone heals nothing there
+    assert "exp()" not in leap(1.0).remedy
+    spike = judged([steps([1e20] * 40, [1.0] * 39 + [1e9])])[Condition.LOSS_SPIKE]
+    assert "gradient_clip_val=1)" in spike.remedy
+
+
+def test_updates_that_turn_out_harmless_last_as_long_as_they_were_seen() -> None:
+    rule = OversizedUpdates()
+    first = updated(steps([1.0], [1.0]), 3.0)
+    found = [rule.judge(first)]
+    for number in range(1, 80):
+        window = (StepStats(number, total_norm=1.0, loss=1.0 if number < 10 else 0.01),)
+        found.append(rule.judge(updated(StepRecord(step=number, window=window), 1e-3)))
+    (told,) = [finding for finding in found[1:] if finding is not None]
+    assert (told.severity, told.first_step, told.last_step) == (Severity.INFO, 0, 0)

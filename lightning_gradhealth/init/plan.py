@@ -215,7 +215,7 @@ class InitPlan:
         """Write all values into the model's parameters, plain or sharded.
 
         Returns:
-            What was done, with the standard deviations measured.
+            What was done, with the standard deviations measured. A UserWarning names what the model no longer has.
 
         Raises:
             ValueError: A parameter that the plan sets is on the meta device, or an initializer fills it with NaN.
@@ -225,7 +225,8 @@ class InitPlan:
             True
         """
         now = {clean_name(path): p for path, p in self._model.named_parameters(remove_duplicate=False)}
-        parts = [part.refreshed(now) for part in self._parts]
+        lost = [name for part in self._parts if part.sets for name in part.owned.originals if name not in now]
+        parts = [part.refreshed(now) for part in self._parts if not any(name in lost for name in part.owned.originals)]
         for part in parts:
             for name, original in part.owned.originals.items():
                 if part.sets and original.is_meta:
@@ -243,6 +244,8 @@ class InitPlan:
             with torch.no_grad():
                 entries = in_order(self._model, parts, measured=True)
         report = replace(self.report, entries=entries, applied=True)
+        if lost:
+            warnings.warn(_of_lost(lost), UserWarning, stacklevel=2)
         return report if found is None else _with_measured(report, found, targets)
 
     def bind(self) -> None:
@@ -331,6 +334,12 @@ def _plan(model: nn.Module, example_inputs: Any, batch: Any, call: Call) -> Init
         applied=False,
     )
     return InitPlan(model, parts, report, batch)
+
+
+def _of_lost(names: Sequence[str]) -> str:
+    """What is said of parameters that the plan would set, and that the model no longer has."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{shown}: no longer in the model, nothing was written there; make the plan anew if others took their place"
 
 
 def _with_measured(report: InitReport, found: Calibrated, targets: Sequence[tuple[Owned, float]]) -> InitReport:

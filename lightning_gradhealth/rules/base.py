@@ -67,6 +67,10 @@ class Thresholds:
         same_norm: Relative spread of the norms of `growth_window` steps, the loss scale included, up to which they are
             one and the same: what clipping sets, to the rounding of float32. Gradients spread by percents at least.
         least_limit: Nobody clips gradients to a norm below this on purpose; recipes begin at 1e-2.
+        even_layers: Factor within which the layers' gradients, each by its root mean square, lie where all that is
+            not 0 is clipped to one value: where a tenth is not 0, the root mean square is a third of that value. In
+            nets that nobody clips they lie further apart.
+        largest_value: Nobody clips the elements of gradients to a value above this.
         leap: Size of a layer's output, before the first step, beside the largest of all before it, from which on
             something between them leaps, as exp() of a large number. Measured: gains inside healthy nets reach 700.
         input_rms: Root mean square of the inputs, from which on the first layer's gradient is so much larger than that
@@ -122,6 +126,8 @@ class Thresholds:
     carried_over: float = 0.01
     same_norm: float = 1e-3
     least_limit: float = 1e-3
+    even_layers: float = 3.0
+    largest_value: float = 10.0
     leap: float = 1e4
     input_rms: float = 1e3
     input_kept: float = 0.01
@@ -165,6 +171,7 @@ class Verdict:
         evidence: The numbers behind it.
         first_step: Since when, if the rule knows better than "since this record".
         code: The remedy in one line or two that run when pasted, see `Finding`.
+        last_step: Until when, if it no longer holds at this record.
 
     Example:
         >>> Verdict("warning", "the loss is odd", "look at it").layers
@@ -178,6 +185,7 @@ class Verdict:
     evidence: dict[str, Any] = field(default_factory=dict)
     first_step: int | None = None
     code: str = ""
+    last_step: int | None = None
 
     def __post_init__(self) -> None:
         check_severity(self.severity)
@@ -187,9 +195,10 @@ class Verdict:
             raise TypeError(wrong("evidence", "a dict of numbers", self.evidence, 'e.g. evidence={"ratio": 1e-5}'))
         for name in ("summary", "remedy", "code"):
             check_type(name, getattr(self, name), str, "a text", "what a person reads")
-        if self.first_step is not None:
-            first = check_int("first_step", self.first_step, None, "leave it out for the step of the record")
-            object.__setattr__(self, "first_step", first)
+        for name in ("first_step", "last_step"):
+            if (step := getattr(self, name)) is not None:
+                step = check_int(name, step, None, "leave it out for the step of the record")
+                object.__setattr__(self, name, step)
 
 
 class NotMeasured:
@@ -276,7 +285,7 @@ class Rule:
             severity=severity,
             layers=tuple(due) if self.per_layer else layers,
             first_step=min(self._streaks[key][0] for key in due),
-            last_step=record.step,
+            last_step=step_of(verdict.last_step, record.step),
             summary=text_of(verdict.summary),
             evidence=plain(verdict.evidence),
             remedy=text_of(verdict.remedy),

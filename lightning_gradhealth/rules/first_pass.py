@@ -6,11 +6,7 @@ import math
 
 from lightning_gradhealth.records import Condition, Severity, StepRecord
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict
-
-_BOUND = (
-    "bound what goes into exp(), as log-variances by .clamp(-30, 20), and divisors from below; scale inputs and targets"
-    " to mean 0 and variance 1"
-)
+from lightning_gradhealth.rules.remedies import BOUND
 
 
 class LeapOnce(Rule):
@@ -38,7 +34,7 @@ class LeapOnce(Rule):
                         f" to {before}, is of {greatest:.2g} at most: something between them, as exp() of a large"
                         " number, leaps by orders of magnitude"
                     ),
-                    remedy=_BOUND,
+                    remedy=BOUND,
                     layers=(layer.name,),
                     evidence={"forward_rms": size, "largest_before": greatest},
                 )
@@ -63,7 +59,7 @@ class HugeOnce(Rule):
         return Verdict(
             severity=Severity.WARNING,  # what says where and why it explodes stands before it
             summary=f"the gradient norm is {total:.2g} before the first step, that of {name} alone {norm:.2g}",
-            remedy=f"{_BOUND}; a loss that is a mean, not a sum",
+            remedy=f"{BOUND}; a loss that is a mean, not a sum",
             layers=(name,),
             evidence={"total_norm": total, "largest": norm},
         )

@@ -16,7 +16,7 @@ from lightning_gradhealth.rules.base import (
     stepped_by,
 )
 from lightning_gradhealth.rules.course import Updates, follow_updates, followed_updates, mean_and_error
-from lightning_gradhealth.rules.remedies import Remedy, for_rate
+from lightning_gradhealth.rules.remedies import BOUND, Remedy, for_rate
 
 
 class ExplodingInTime(Rule):
@@ -58,6 +58,10 @@ class ExplodingInTime(Rule):
         )
         if updates is not None and self._steps_do_it(updates, leaps[0][1].step, lasting=len(leaps) >= 3):
             remedy = for_rate(updates, '; GradHealth(clip="adaptive")')
+        if (usual := (step.total_norm or 0.0) / factor) > self.thresholds.huge:
+            remedy = Remedy(
+                f"a norm of {usual:.1e} was usual before, beyond any that trains: {BOUND}; then {remedy.words}"
+            )
         return Verdict(
             severity=Severity.CRITICAL,
             summary=f"the gradient norm leapt to {step.total_norm:.2g}, {factor:.1e} times its usual size",

@@ -53,7 +53,8 @@ class LossSpike(Rule):
         if not spikes:
             return None
         lasting, loss, at, usual = max(spikes)
-        limit = rounded(norm) if (norm := median(self.memory.get("norms", []))) > 0.0 else 1.0
+        norm = median(self.memory.get("norms", []))
+        limit = rounded(norm) if 0.0 < norm <= self.thresholds.huge else 1.0
         clip, code = (
             f"Trainer(gradient_clip_val={limit:g}) keeps such a batch from doing harm",
             f'trainer_arguments["gradient_clip_val"] = {limit:g}',

@@ -6,7 +6,13 @@ import math
 
 from lightning_gradhealth.records import Condition, Severity, StepRecord, StepStats, Unstepped
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict, keep_last, stepped_by
-from lightning_gradhealth.rules.course import follow_updates, followed_updates
+from lightning_gradhealth.rules.course import (
+    follow_loss,
+    follow_updates,
+    followed_losses,
+    followed_updates,
+    is_learning,
+)
 
 _ADD = (
     'known = {id(p) for g in optimizer.param_groups for p in g["params"]}; optimizer.add_param_group('
@@ -147,6 +153,8 @@ class ClippedScaled(Rule):
     What the optimizer is given has, the scale included, the same norm at every step then, to the rounding; no gradient
     is like that. Looked at after `unscale_`, gradients that were clipped in the right order have one norm, too: that of
     the limit. There it has to be a norm that nobody clips to on purpose, and the limit nearer to 1 with the scale.
+    Clipped by value, all elements that are not 0 have one size: that of the limit, with the scale. Then the layers lie
+    close together, at every step, and nothing moves or learns.
     """
 
     condition = Condition.STALLED_LAYERS
@@ -154,6 +162,7 @@ class ClippedScaled(Rule):
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Look at the norms of the last steps of each optimizer under a loss scaler, as observed and as applied."""
         follow_updates(self, record)
+        follow_loss(self, record)
         steps = [step for step in record.window if step.loss_scale and not step.clipped]
         for step in steps:
             for what, norm in (("observed", step.total_norm), ("applied", step.applied_norm)):
@@ -183,7 +192,26 @@ class ClippedScaled(Rule):
                 and (certain or self._is_no_limit(norms[-1] / scale, scale))
             ):
                 return self._verdict(record, step.optimizer, norms[-1], scale)
+        if len(applied) >= enough["applied"] and self._is_one_value(record, step, applied, scale):
+            return self._verdict(record, step.optimizer, applied[-1], scale)
         return None
+
+    def _is_one_value(self, record: StepRecord, step: StepStats, norms: list[float], scale: float) -> bool:
+        """Whether what the optimizer is given looks clipped by value with the scale, in a run that goes nowhere."""
+        sizes = [
+            layer.applied_norm * scale / math.sqrt(layer.numel)
+            for layer in record.layers
+            if layer.optimizer == step.optimizer and layer.applied_norm and layer.numel
+        ]
+        updates, (early, late) = followed_updates(self), followed_losses(self)
+        fastest = 0.0 if updates is None else updates.largest
+        unknown = bool(early) and len(late) < self.thresholds.growth_window
+        if len(sizes) < 2 or (fastest >= self.thresholds.stalled_update and (unknown or is_learning(self))):
+            return False
+        moves = fastest >= self.thresholds.moving_update
+        steady = max(norms) < self.thresholds.growth * min(norms)
+        even = max(sizes) < self.thresholds.even_layers * min(sizes)
+        return not moves and steady and even and max(sizes) <= self.thresholds.largest_value
 
     def _are_one(self, norms: list[float]) -> bool:
         return min(norms) > 0.0 and max(norms) / min(norms) - 1.0 <= self.thresholds.same_norm
@@ -202,8 +230,8 @@ class ClippedScaled(Rule):
                 + ("" if moves else ", and no layer moves as it should")
             ),
             remedy=(
-                "scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_(...), or clip= of the session, which"
-                " unscales first"
+                "scaler.unscale_(optimizer) before torch.nn.utils.clip_grad_norm_(...) or clip_grad_value_(...), or"
+                " clip= of the session, which unscales first"
             ),
             layers=tuple(layer.name for layer in record.layers if layer.optimizer == optimizer),
             evidence={"norm_with_scale": limit, "loss_scale": scale, "norm": limit / scale},

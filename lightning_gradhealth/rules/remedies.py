@@ -15,6 +15,10 @@ from lightning_gradhealth.rules.course import Updates, rounded
 
 INIT = "gh.init_weights(model, batch)"
 CLIP = "Trainer(gradient_clip_val=1.0)"
+BOUND = (
+    "bound what goes into exp(), as log-variances by .clamp(-30, 20), and divisors from below; scale inputs and targets"
+    " to mean 0 and variance 1"
+)
 
 
 class Remedy(NamedTuple):

@@ -91,7 +91,10 @@ class OversizedUpdates(Rule):
             first_step=None if at_once else since,
         )
         if not harmless:
-            self.memory["told"] = {**vars(verdict), "severity": "info"}
+            since = self.memory.get("told", {}).get("first_step")
+            first = record.step if verdict.first_step is None else verdict.first_step
+            first = first if since is None else min(first, since)
+            self.memory["told"] = {**vars(verdict), "severity": "info", "first_step": first, "last_step": record.step}
         return verdict
 
     def _relent(self) -> Verdict | None:

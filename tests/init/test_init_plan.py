@@ -1,6 +1,7 @@
 """Plans: made of shapes, carried out later; what the forward pass tells; what the report says."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -422,3 +423,18 @@ def test_warnings_point_at_the_caller(function):
     with pytest.warns(UserWarning, match="skip: 'none' matches") as caught:
         function(nn.Linear(2, 2), scheme="he", skip="none")
     assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_a_plan_says_which_parameters_are_gone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    plan, before = plan_init(model, scheme="he", seed=0), model[1].weight.detach().clone()
+    old = model[1]
+    model[1] = nn.Linear(4, 5, bias=False)
+    model[1].register_parameter("weight", None)
+    with pytest.warns(UserWarning, match=r"^1\.weight, 1\.bias: no longer in the model"):
+        report = plan.apply()
+    assert torch.equal(old.weight, before)
+    assert "0.weight" in {entry.name for entry in report.entries}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plan_init(nn.Linear(4, 4), scheme="he").apply()
