@@ -75,21 +75,12 @@ def custom_scalars(address: str, width: int = 1480, height: int = 1130) -> Itera
             browser.close()
 
 
-def use_log_scales(page: Page) -> None:
-    """Do what the titles of the charts ask for."""
-    for card in page.locator(CARD, has_text="log scale").all():
-        card.get_by_title("Toggle y-axis log scale").click()
-    page.get_by_text("Custom Scalars").hover()
-    page.wait_for_timeout(1000)  # the axes move
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--logdir", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, default=Path("panels.png"))
     options = parser.parse_args()
     with tensorboard(options.logdir) as address, custom_scalars(address) as page:
-        use_log_scales(page)
         page.locator(CARD).first.scroll_into_view_if_needed()
         page.screenshot(path=options.out)
     print(options.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,20 +12,20 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradhealth import _lightning
+from lightning_gradhealth import _lightning, pages
 from lightning_gradhealth.arguments import Ignore, StopOn, check_arguments, check_stop_on
 from lightning_gradhealth.copies import Shared
 from lightning_gradhealth.errors import GradHealthError
 from lightning_gradhealth.gradients import Clip
 from lightning_gradhealth.guard import Guard, never_fatal
 from lightning_gradhealth.layers import LayersSpec
+from lightning_gradhealth.loggers import LoggerSink, LogLayers, prefix_of
 from lightning_gradhealth.messages import printable, reason_of, say
 from lightning_gradhealth.preflight import copied, examine, of_step
 from lightning_gradhealth.records import FlowReport, HealthReport, StepRecord
 from lightning_gradhealth.response import OnNonFinite
 from lightning_gradhealth.rules import Rule, Thresholds
 from lightning_gradhealth.session import DEFAULT_CADENCE, NO_LOSS, HealthSession
-from lightning_gradhealth.sinks import LoggerSink, LogLayers, prefix_of
 from lightning_gradhealth.trees import KeptBatch
 from lightning_gradhealth.validation import check_flag, check_type, wrong
 
@@ -61,7 +62,8 @@ class GradHealth(Callback):
             in manual optimization, and where parameters are sharded.
         layers: How parameters are grouped: "module" (a layer is a module that directly owns parameters),
             "parameter", a depth, or one or more regexes on parameter names (the first group names the layer).
-        log_layers: How many layers' own scalars the loggers get: "auto" (the worst ten), True, False, a number.
+        log_layers: How many layers' own scalars the loggers get: "auto" (the worst ten; none where TensorBoard's Grad
+            Health tab shows all of them), True, False, a number.
         rules: Rules of your own, in addition to the default ones.
         ignore: Conditions to mute: a name, several, or condition -> regex of layer names.
         thresholds: The numbers that verdicts depend on, each with its reason.
@@ -69,6 +71,9 @@ class GradHealth(Callback):
             returns none, as in manual optimization; None: there the losses given to `manual_backward`, for each
             optimizer those before its step (where it is not called, the sum of all training losses, by their names,
             that were given to `self.log`).
+        report_dir: Where `report.html` (the run's pictures and findings in one file) and `report.json` go at the end of
+            the fit, also of one that fails or is interrupted: "auto" (the run's own log folder; nowhere without a
+            logger that has one), a folder, or None (nowhere). Not under `fast_dev_run`; on rank zero only.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -96,6 +101,7 @@ class GradHealth(Callback):
         ignore: Ignore = None,
         thresholds: Thresholds = Thresholds(),  # noqa: B008  (frozen)
         loss_key: str | None = None,
+        report_dir: str | os.PathLike[str] | None = "auto",
     ) -> None:
         self.clip = clip
         self.on_non_finite = on_non_finite
@@ -115,6 +121,11 @@ class GradHealth(Callback):
             must, remedy = "the name of a logged metric or None", 'e.g. loss_key="train_loss"'
             if not check_type("loss_key", loss_key, str, must, remedy):
                 raise ValueError(wrong("loss_key", must, loss_key, remedy))
+        self.report_dir = report_dir
+        if report_dir is not None:
+            must, remedy = '"auto", a folder or None', 'e.g. report_dir="auto"; None writes nothing'
+            if not isinstance(report_dir, os.PathLike) and not check_type("report_dir", report_dir, str, must, remedy):
+                raise ValueError(wrong("report_dir", must, report_dir, remedy))
         self._shared = Shared()
         self._ran = False
         self._reset()
@@ -130,6 +141,7 @@ class GradHealth(Callback):
         self._logged: set[str] = set()  # the metrics that were logged where `loss_key` was not
         self._losses = _lightning.BackwardLosses()
         self._batches = 0
+        self._stem = "report"
         self._preflight: FlowReport | None = None
 
     # --- lifecycle ---
@@ -143,6 +155,7 @@ class GradHealth(Callback):
             mine = [callback for callback in trainer.callbacks if isinstance(callback, GradHealth)]  # type: ignore[attr-defined]
             number = next((place for place, callback in enumerate(mine) if callback is self), 0)
             self._sink = LoggerSink(self.log_layers, prefix_of(number))
+            self._stem = "report" if number == 0 else f"report-{number + 1}"
             self._ran, self._shared.last = True, self
 
     @never_fatal(together=True)
@@ -308,6 +321,7 @@ class GradHealth(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Judge a run that dies, or is interrupted, up to its last step."""
         self._conclude(trainer)
+        self._keep(trainer)
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -315,7 +329,19 @@ class GradHealth(Callback):
         if self._session is None and self._state and not self._batches and not self.guard.aside:
             self._restore(trainer, pl_module)
         if stage == "fit":
+            self._keep(trainer)
             self._release()
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        """Write the report of a run that has ended, however it did; what fails is told, and no more."""
+        if self._session is None or not self._batches:
+            return
+        try:
+            folder = _lightning.report_folder(trainer, self.report_dir)
+            if folder is not None:
+                pages.keep(self.report(), folder, self._stem, _lightning.announcer(trainer))
+        except Exception as error:
+            say(f"gradhealth: no report was written ({reason_of(error)})")
 
     def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report what the checkpoint holds, where nothing was trained after it was loaded."""
@@ -347,7 +373,7 @@ class GradHealth(Callback):
     def _log(self, trainer: pl.Trainer, record: StepRecord) -> None:
         logs = trainer.loggers and _lightning.log_cadence(trainer) is not None
         if self._session is not None and logs and not self.guard.aside:
-            self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_findings)
+            self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_conditions)
 
     def _accompany(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Having stepped aside, take part in what the other ranks would wait for."""

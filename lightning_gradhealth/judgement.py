@@ -114,7 +114,7 @@ class Judgement:
 
     def _supported(self, finding: Finding) -> bool:
         """Whether another rule holds something against the run now."""
-        active = {str(rule.condition) for rule in self.rules if rule.active} - {finding.condition}
+        active = self.holding - {finding.condition}
         return any(f.severity is not Severity.INFO for name, f in self.findings.items() if name in active)
 
     def _unmuted(self, finding: Finding) -> Finding | None:
@@ -154,9 +154,14 @@ class Judgement:
         return {str(rule.condition) for rule in self.rules if rule.running}
 
     @property
+    def holding(self) -> frozenset[str]:
+        """The conditions that hold now, in the eyes of their rules."""
+        return frozenset(str(rule.condition) for rule in self.rules if rule.active)
+
+    @property
     def active(self) -> int:
-        """Number of conditions above info that hold now, in the eyes of their rules."""
-        holding = {str(rule.condition) for rule in self.rules if rule.active}
+        """Number of conditions above info that hold now."""
+        holding = self.holding
         return sum(f.severity is not Severity.INFO and str(f.condition) in holding for f in self.findings.values())
 
     def report(self, notes: Sequence[str]) -> HealthReport:

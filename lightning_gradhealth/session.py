@@ -23,6 +23,7 @@ from lightning_gradhealth.gradients.rows import Pattern, Row
 from lightning_gradhealth.guard import Guard, never_fatal, world_size
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import LayersSpec, UseRecorder, check_model
+from lightning_gradhealth.loggers import LoggerSink, LogLayers, check_loggers
 from lightning_gradhealth.merging import merged
 from lightning_gradhealth.messages import reason_of, say
 from lightning_gradhealth.norms import read_once
@@ -32,6 +33,7 @@ from lightning_gradhealth.rules import Rule, Thresholds, default_rules
 from lightning_gradhealth.saving import Saver
 from lightning_gradhealth.signals import SIGNALS, TEMPORAL, Reading, SignalProbe, with_signals
 from lightning_gradhealth.validation import check_flag, check_keys, check_type, takes, wrong
+from lightning_gradhealth.view.recording import Recording
 
 DEFAULT_CADENCE = 50
 ALWAYS_PROBED = frozenset({0, 1, 2, 4, 8, 16, 32})  # what goes wrong at the start does so within a few steps
@@ -75,6 +77,10 @@ class HealthSession:
         watch_calls: Whether calls of the model open the signal probe, and have their arguments kept until the optimizer
             steps if `on_non_finite` may have to run them again; False for loops that call `open_probe` and
             `response.remember` themselves.
+        loggers: What `flush` and `conclude` write to, on rank zero: a `torch.utils.tensorboard.SummaryWriter` (which
+            also gets what TensorBoard's Grad Health tab shows), a logger of Lightning or Fabric, or several.
+        log_layers: How many layers' own scalars they get: "auto" (the worst ten; none where the tab shows all of them),
+            True, False, a number.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -106,6 +112,8 @@ class HealthSession:
         probe_compiled: bool = False,
         temporal: bool = False,
         watch_calls: bool = True,
+        loggers: Any = (),
+        log_layers: LogLayers = "auto",
     ) -> None:
         muted = check_arguments(clip, on_non_finite, probe_every_n_steps, layers, rules, ignore, thresholds)
         check_model("model", model)
@@ -145,6 +153,9 @@ class HealthSession:
         self.notes: list[str] = []
         self.guard = Guard.of(clip, on_non_finite, stop_on)
         self.guard.close = self.close
+        self._loggers = check_loggers(loggers)
+        self._sink = LoggerSink(log_layers)
+        self._recording: Recording | None = Recording()
         self._saver = Saver()
         self._latest = self.judgement  # or its copy that has seen a window that is not over yet
         self._told: set[tuple[str, str]] = set()
@@ -378,7 +389,20 @@ class HealthSession:
         self._take_in()
         if self._unlogged is not None:
             self._last, self._unlogged = self._unlogged, None
+            self._write(self._last)
         return self._last
+
+    def _write(self, record: StepRecord) -> None:
+        """Keep a record for the page of the report, and give it to the loggers; nothing of that can end the watch."""
+        findings, active = self.findings, self.active_conditions
+        try:
+            if self._recording is not None:
+                self._recording.append(record, findings, active)
+        except Exception as error:
+            self._recording = None
+            say(f"gradhealth: the report will have no pictures ({reason_of(error)}); training goes on")
+        if self._loggers and _is_rank_zero():
+            self._sink.write(self._loggers, record, findings, active)
 
     def _take_in(self) -> None:
         """Read and judge what waits on the device, and keep one record of it for the next flush."""
@@ -433,7 +457,10 @@ class HealthSession:
         """
         self._latest, records = self._peek()
         self._tell(self._latest.findings.values())
-        return self._gathered(records) or self._last
+        record = self._gathered(records)
+        if record is not None:
+            self._write(record)
+        return record or self._last
 
     def _peek(self) -> tuple[Judgement, list[StepRecord]]:
         """The judgement, or a copy of it that has seen the pending window too, and that window's records."""
@@ -456,9 +483,9 @@ class HealthSession:
         return self._latest.report(()).findings
 
     @property
-    def active_findings(self) -> int:
-        """Number of conditions above info that held at the last flush or conclusion."""
-        return self._latest.active
+    def active_conditions(self) -> frozenset[str]:
+        """The conditions that held at the last flush or conclusion."""
+        return self._latest.holding
 
     @property
     def waits(self) -> bool:
@@ -471,7 +498,8 @@ class HealthSession:
 
     def report(self) -> HealthReport:
         """The verdict so far, steps since the last flush included (reads the device once if there are any)."""
-        return self._report().changed(aside=self.guard.aside)
+        report = self._report().changed(aside=self.guard.aside)
+        return report if self._recording is None else report.changed(_recorded=self._recording.view("this run"))
 
     def _judged(self) -> HealthReport:
         """The verdict up to where it was watched."""
@@ -632,9 +660,13 @@ def _check_loss(loss: Any) -> None:
         raise ValueError(wrong("loss", must, loss, remedy))
 
 
-def _warn_on_rank_zero(line: str) -> None:
+def _is_rank_zero() -> bool:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+def _warn_on_rank_zero(line: str) -> None:
+    if _is_rank_zero():
         say(line)
 
 

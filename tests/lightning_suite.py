@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from lightning_gradhealth import GradHealth
-from lightning_gradhealth.sinks import LoggerSink
+from lightning_gradhealth.loggers import LoggerSink
 
 OURS = "lightning_gradhealth"
 HOOKS = (

@@ -14,8 +14,8 @@ from torch import nn
 
 import lightning_gradhealth as gh
 from lightning_gradhealth.init import handlers
+from lightning_gradhealth.loggers.panels import layout
 from lightning_gradhealth.report import plain
-from lightning_gradhealth.sinks import layout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def test_names_exist() -> None:
     for picture in re.findall(r"\]\((examples/[\w.]+)\)", README):
         assert (ROOT / picture).exists()
     charts = {title: str(chart) for title, chart in layout()["Grad Health"].items()}
-    rows = re.findall(r"^\| ([A-Z][^|]*?) \| (`[^|]*`) \|", README, re.M)
+    rows = re.findall(r"^\| (\w[^|]*?) \| (`[^|]*`) \|", README, re.M)
     charted = {row: names for row, names in rows if any(title.startswith(row) for title in charts)}
     assert len(charted) == 6
     for row, names in charted.items():

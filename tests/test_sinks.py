@@ -26,8 +26,10 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import Tensor, nn
 
 import lightning_gradhealth as gh
+from lightning_gradhealth.loggers import LoggerSink
+from lightning_gradhealth.loggers.panels import findings_text, layout
+from lightning_gradhealth.loggers.scalars import check_log_layers, scalars, tags, worst_layers
 from lightning_gradhealth.records import Finding, LayerStats, Severity, StepRecord, StepStats
-from lightning_gradhealth.sinks import LoggerSink, check_log_layers, findings_text, layout, scalars, tags, worst_layers
 
 Rows = dict[int, dict[str, float]]
 HOSTILE = ("a|b", "a:b", "größe 1", "<img src=x onerror=alert(1)>", "__x__ *y*", "x/z", "[l](http://h)", "t\\")
@@ -176,8 +178,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepRecord, int]]:
     calls: list[tuple[StepRecord, int]] = []
     write = LoggerSink.write
 
-    def spy(self: LoggerSink, loggers: Any, record: StepRecord, findings: Any, active: int) -> None:
-        calls.append((record, active))
+    def spy(self: LoggerSink, loggers: Any, record: StepRecord, findings: Any, active: Any) -> None:
+        calls.append((record, sum(f.severity is not Severity.INFO and f.condition in active for f in findings)))
         write(self, loggers, record, findings, active)
 
     monkeypatch.setattr(LoggerSink, "write", spy)
@@ -185,7 +187,8 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepRecord, int]]:
 
 
 def fit(model: Any, *loggers: Any, max_steps: int = 12, **options: Any) -> gh.GradHealth:
-    health = gh.GradHealth(**{key: options.pop(key) for key in ("log_layers", "layers", "clip") if key in options})
+    asked = {key: options.pop(key) for key in ("log_layers", "layers", "clip") if key in options}
+    health = gh.GradHealth(report_dir=None, **asked)
     kept = [item.logger if isinstance(item, Kept) else item for item in loggers]
     trainer(health, logger=kept, log_every_n_steps=4, max_steps=max_steps, **options).fit(model, batches())
     return health
@@ -196,14 +199,12 @@ def expected(record: StepRecord, active: int) -> dict[str, float]:
     ratios = [layer.norm_ratio for layer in record.layers if layer.norm_ratio is not None]
     updates = [layer.update_to_weight for layer in record.layers if layer.update_to_weight is not None]
     values: dict[str, float] = {
-        "gradhealth/total_norm": record.total_norm,
-        "gradhealth/applied_norm": record.applied_norm,
-        "gradhealth/total_norm_max": max(step.total_norm for step in record.window),
-        "gradhealth/norm_ratio_min": min(ratios),
-        "gradhealth/norm_ratio_max": max(ratios),
+        "gradhealth/log10_total_norm": math.log10(max(step.total_norm for step in record.window)),
+        "gradhealth/log10_norm_ratio_min": math.log10(min(ratios)),
+        "gradhealth/log10_norm_ratio_max": math.log10(max(ratios)),
         "gradhealth/gain_per_layer": record.backward_gain,
         "gradhealth/forward_gain_per_layer": record.forward_gain,
-        "gradhealth/update_to_weight": float(np.median(updates)),
+        "gradhealth/log10_update_to_weight": math.log10(np.median(updates)),
         "gradhealth/non_finite_steps": 0.0,
         "gradhealth/findings": float(active),
     }
@@ -212,8 +213,8 @@ def expected(record: StepRecord, active: int) -> dict[str, float]:
         if shares:
             values[f"gradhealth/{name}_max"] = max(shares)
     for layer in record.layers:
-        values[f"gradhealth/layers/grad_norm/{layer.name}"] = layer.grad_norm
-        values[f"gradhealth/layers/update_to_weight/{layer.name}"] = layer.update_to_weight
+        values[f"gradhealth/layers/log10_grad_norm/{layer.name}"] = math.log10(layer.grad_norm)
+        values[f"gradhealth/layers/log10_update_to_weight/{layer.name}"] = math.log10(layer.update_to_weight)
     return values
 
 
@@ -227,7 +228,7 @@ def ours(row: dict[str, float]) -> dict[str, float]:
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_every_value_is_read_back_at_lightnings_own_x(kind: str, make: Any, written: Any) -> None:
     kept = make(kind)
-    fit(Logging(), kept)
+    fit(Logging(), kept, log_layers=True)
     rows = kept.rows()
     assert [record.step for record, _ in written] == [3, 7, 11]
     assert [step for step in sorted(rows) if "train_loss" in rows[step]] == [3, 7, 11]
@@ -247,13 +248,13 @@ def test_odd_layer_names_and_two_optimizers(kind: str, make: Any, written: Any) 
     assert [record.step for record, _ in written] == [3, 5]  # two optimizer steps a batch
     for record, _ in written:
         row = rows[record.step]
-        assert {f"gradhealth/layers/grad_norm/{tag}" for tag in names.values()} <= set(row)
+        assert {f"gradhealth/layers/log10_grad_norm/{tag}" for tag in names.values()} <= set(row)
         for layer in record.layers:
-            value = row[f"gradhealth/layers/grad_norm/{names[layer.name]}"]
-            assert value == pytest.approx(layer.grad_norm, rel=1e-6)
+            value = row[f"gradhealth/layers/log10_grad_norm/{names[layer.name]}"]
+            assert value == pytest.approx(math.log10(layer.grad_norm), rel=1e-6)
         for number in (0, 1):
             total = next(s.total_norm for s in reversed(record.window) if s.optimizer == number)
-            assert row[f"gradhealth/optimizer{number}/total_norm"] == pytest.approx(total, rel=1e-6)
+            assert row[f"gradhealth/optimizer{number}/log10_total_norm"] == pytest.approx(math.log10(total), rel=1e-6)
 
 
 def test_one_optimizer_has_no_norm_of_its_own(make: Any, written: Any) -> None:
@@ -263,7 +264,7 @@ def test_one_optimizer_has_no_norm_of_its_own(make: Any, written: Any) -> None:
 
 def test_several_loggers_at_once_get_the_same(make: Any) -> None:
     several = [make("csv", name="one"), make("csv", name="two"), make("tensorboard")]
-    fit(Logging(), *several)
+    fit(Logging(), *several, log_layers=True)
     one, two, three = (kept.rows() for kept in several)
     assert {step: ours(row) for step, row in one.items()} == {step: ours(row) for step, row in two.items()}
     for step, row in one.items():
@@ -283,8 +284,10 @@ def test_what_is_not_finite_is_left_out(make: Any, written: Any) -> None:
     fit(Logging(ill_at=7), kept, max_steps=8)
     rows = kept.rows()
     assert math.isnan(written[1][0].total_norm)
-    assert "gradhealth/total_norm" in rows[3]
-    assert "gradhealth/total_norm" not in rows[7]
+    finite = max(step.total_norm for step in written[1][0].window if math.isfinite(step.total_norm))
+    assert rows[7]["gradhealth/log10_total_norm"] == pytest.approx(math.log10(finite))  # of the steps before
+    assert "gradhealth/log10_norm_ratio_min" in rows[3]
+    assert "gradhealth/log10_norm_ratio_min" not in rows[7]
     assert rows[7]["gradhealth/non_finite_steps"] == 1
     assert all(math.isfinite(value) for row in rows.values() for value in ours(row).values())
 
@@ -293,22 +296,26 @@ def test_what_is_not_finite_is_left_out(make: Any, written: Any) -> None:
 
 
 def logged_layers(rows: Rows, step: int) -> list[str]:
-    start = "gradhealth/layers/grad_norm/"
+    start = "gradhealth/layers/log10_grad_norm/"
     return sorted(name.removeprefix(start) for name in rows[step] if name.startswith(start))
 
 
 @pytest.mark.parametrize(("log_layers", "count"), [("auto", 10), (3, 3), (True, 14), (False, 0), (0, 0)])
 def test_log_layers(log_layers: Any, count: int, make: Any, written: Any) -> None:
-    kept = make("tensorboard")
-    fit(Logging(mlp(depth=14)), kept, log_layers=log_layers)
-    rows = kept.rows()
+    kept, other = make("tensorboard"), make("csv")
+    fit(Logging(mlp(depth=14)), kept, other, log_layers=log_layers)
+    rows, others = kept.rows(), other.rows()
     first = written[0][0].layers
     worst = sorted(first, key=lambda layer: -abs(math.log(layer.norm_ratio)))[:count]
     for step in (3, 7, 11):  # the choice of the first record stays, so that lines go on
-        assert logged_layers(rows, step) == sorted(layer.name for layer in worst)
+        assert logged_layers(others, step) == sorted(layer.name for layer in worst)
+        # the tab shows all layers of TensorBoard's runs
+        assert logged_layers(rows, step) == ([] if log_layers == "auto" else logged_layers(others, step))
     config = accumulator(kept.logger).Tensors("custom_scalars__config__")
     chosen = Layout.FromString(config[0].tensor_proto.string_val[0])
-    assert ("Grad Health: layers" in [category.title for category in chosen.category]) == (count > 0)
+    assert ("Grad Health: layers" in [category.title for category in chosen.category]) == (
+        count > 0 and log_layers != "auto"
+    )
 
 
 def test_worst_layers_puts_zero_and_inf_first_and_the_unmeasured_last() -> None:
@@ -338,7 +345,7 @@ def test_tags_are_plain_and_no_two_alike() -> None:
 @pytest.mark.parametrize("prefix", ["", "mine"])
 def test_every_chart_of_the_layout_finds_its_scalars(prefix: str, make: Any) -> None:
     kept = make("tensorboard", prefix=prefix)
-    fit(Logging(), kept, clip="adaptive")
+    fit(Logging(), kept, clip="adaptive", log_layers=True)
     events = accumulator(kept.logger)
     config = Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     shown = {
@@ -352,7 +359,7 @@ def test_every_chart_of_the_layout_finds_its_scalars(prefix: str, make: Any) -> 
         for expressions in charts.values():
             for expression in expressions:
                 assert any(re.match(expression, tag) for tag in known), expression
-    layer = next(tag for tag in known if tag.endswith("layers/grad_norm/net.0"))
+    layer = next(tag for tag in known if tag.endswith("layers/log10_grad_norm/net.0"))
     assert not any(re.match(tag, layer) for charts in [shown["Grad Health"]] for t in charts.values() for tag in t)
 
 
@@ -366,25 +373,28 @@ def test_findings_are_told_as_text_when_there_are_new_ones(make: Any) -> None:
     assert len(texts) <= len(findings)
     assert told[0].step == 3
     for finding in findings:
-        assert cells(texts[-1])[finding.condition][2:4] == [finding.where, str(finding.first_step)]
+        (told_of,) = [part for part in paragraphs(texts[-1]) if part[0].startswith(f"{finding.condition} (")]
+        assert f" in {finding.where}, " in told_of[0]
+        assert re.search(rf"step {finding.first_step}:", told_of[0])
+        assert told_of[1] == f"Remedy: {finding.remedy}"
 
 
-def cells(text: str) -> dict[str, list[str]]:
-    """The rows of the table as TensorBoard's Text panel shows them, by condition."""
+def paragraphs(text: str) -> list[list[str]]:
+    """The findings as TensorBoard's Text panel shows them: each a list of its paragraphs, without markup."""
     page = markdown_to_safe_html(text)
-    shown = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
-    rows = [re.findall(r"<td>(.*?)</td>", row, re.DOTALL) for row in shown[1:]]
-    return {html.unescape(row[0]): [html.unescape(cell) for cell in row] for row in rows}
+    assert set(re.findall(r"<(\w+)", page)) <= {"p", "strong", "hr"}
+    return [
+        [html.unescape(re.sub(r"<[^>]*>", "", part)) for part in re.findall(r"<p>(.*?)</p>", finding, re.DOTALL)]
+        for finding in re.split(r"<hr\s*/?>", page)
+    ]
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, "`c`", "a &amp; b", "\\|", "two\nlines", "![i](http://h/i.png)", "<b>"])
 def test_the_text_shows_any_layer_name_as_it_is(name: str) -> None:
     finding = Finding("dead | alive", Severity.WARNING, (name,), 3, 4, f"{name}: a|b", {}, 'use f(x, scheme="he")')
-    text = findings_text([finding, finding])
-    assert len(text.splitlines()) == 4
-    shown = cells(text)["dead | alive"]
     plain = name.replace("\n", "\\n")
-    assert shown == ["dead | alive", "warning", plain, "3", f"{plain}: a|b", 'use f(x, scheme="he")']
+    first = f"dead | alive (warning) in {plain}, since step 3: {plain}: a|b."
+    assert paragraphs(findings_text([finding, finding])) == [[first, 'Remedy: use f(x, scheme="he")']] * 2
 
 
 # --- when a logger fails, or is not there ------------------------------------------------------------------
@@ -445,14 +455,14 @@ def test_long_and_odd_names_cost_no_logger_its_scalars(names: tuple[str, str], m
     assert len(logged_layers(rows, 3)) == 2
 
 
-@pytest.mark.parametrize("refused", ["layers/grad_norm", "layers/update_to_weight", "/layers/.*net.0"])
+@pytest.mark.parametrize("refused", ["layers/log10_grad", "layers/log10_update", "/layers/.*net.0"])
 def test_a_logger_that_refuses_layers_gets_the_totals(refused: str, tmp_path: Path, caplog: Any) -> None:
     strict = Strict(tmp_path)
     strict.refused = refused
     fit(Logging(), strict)
     rows = {step: ours(row) for step, row in read_csv(strict).items() if ours(row)}
     assert sorted(rows) == [3, 7, 11]
-    assert all("gradhealth/total_norm" in row and not logged_layers(rows, step) for step, row in rows.items())
+    assert all("gradhealth/log10_total_norm" in row and not logged_layers(rows, step) for step, row in rows.items())
     (warning,) = [entry for entry in caplog.records if entry.name == "lightning_gradhealth"]
     assert "Strict refused the scalars of layers" in warning.getMessage()
 
@@ -472,7 +482,7 @@ def test_other_ranks_write_nothing(kind: str, make: Any, tmp_path: Path, monkeyp
     before = set(tmp_path.rglob("*"))
     finding = Finding("loss_spike", Severity.WARNING, (), 3, 3)
     step = StepStats(3, total_norm=1.0)
-    LoggerSink().write([kept.logger], StepRecord(3, total_norm=1.0, window=(step,)), [finding], 1)
+    LoggerSink().write([kept.logger], StepRecord(3, total_norm=1.0, window=(step,)), [finding], {"loss_spike"})
     assert set(tmp_path.rglob("*")) == before
     assert not caplog.records
 
@@ -492,27 +502,30 @@ def test_what_clipping_did_is_written_under_its_own_names(make: Any, written: An
     assert records[-1].clipped_steps == len(records[-1].window)
     for record in records:
         row = rows[record.step]
-        assert row["gradhealth/total_norm"] == pytest.approx(record.total_norm, rel=1e-6)
-        assert row["gradhealth/applied_norm"] == pytest.approx(0.1, rel=1e-6)
+        assert row["gradhealth/log10_applied_norm"] == pytest.approx(-1.0, rel=1e-6)
         smallest = min(0.1 / step.total_norm for step in record.window)
-        assert row["gradhealth/clip_coefficient"] == pytest.approx(smallest, rel=1e-6)
+        assert row["gradhealth/log10_clip_coefficient"] == pytest.approx(math.log10(smallest), rel=1e-6)
         assert row["gradhealth/clipped_fraction"] == 1.0
-        assert "gradhealth/armed" not in row
-        assert "gradhealth/would_clip" not in row
+        assert "gradhealth/clipping_active" not in row
+        assert "gradhealth/log10_would_clip" not in row
 
 
-def test_a_gate_says_whether_it_is_open_and_a_dry_run_what_it_would_do(make: Any) -> None:
+def test_a_gate_says_whether_it_is_open_and_a_dry_run_what_it_would_do(make: Any, written: Any) -> None:
     kept = make("csv")
     fit(Logging(), kept, clip=gh.WhenExploding(dry_run=True))
-    for row in kept.rows().values():
-        if "gradhealth/total_norm" in row:
-            assert row["gradhealth/armed"] == 0.0
-            assert row["gradhealth/would_clip"] == row["gradhealth/clip_coefficient"] == 1.0
-            assert row["gradhealth/applied_norm"] == pytest.approx(row["gradhealth/total_norm"], rel=1e-6)
+    logged = {record.step: record for record, _ in written}
+    assert logged
+    for step, record in logged.items():
+        row = kept.rows()[step]
+        assert row["gradhealth/clipping_active"] == 0.0
+        assert row["gradhealth/log10_would_clip"] == row["gradhealth/log10_clip_coefficient"] == 0.0
+        assert row["gradhealth/log10_applied_norm"] == pytest.approx(math.log10(record.total_norm), rel=1e-6)
 
 
 def test_nothing_of_clipping_without_a_clipper(make: Any) -> None:
     kept = make("csv")
     fit(Logging(), kept)
     names = {name for row in kept.rows().values() for name in row}
-    assert not names & {f"gradhealth/{name}" for name in ("clip_coefficient", "clipped_fraction", "armed")}
+    assert not names & {
+        f"gradhealth/{name}" for name in ("log10_clip_coefficient", "clipped_fraction", "clipping_active")
+    }

@@ -23,11 +23,11 @@ from lightning_gradhealth import (
     StepRecord,
 )
 from lightning_gradhealth.judgement import Judgement
+from lightning_gradhealth.loggers.scalars import scalars
 from lightning_gradhealth.merging import KEPT, latest, merged
 from lightning_gradhealth.records import StepStats
 from lightning_gradhealth.report import layer_state
 from lightning_gradhealth.rules import Thresholds, default_rules
-from lightning_gradhealth.sinks import scalars
 
 
 class Memory(Logger):
@@ -146,10 +146,10 @@ def test_a_spike_and_a_nan_anywhere_in_a_window_are_logged(kind: Any, options: A
         logger, norms, health = Memory(), Norms(), GradHealth(probe_every_n_steps=cadence)
         model = kind(spike=spike, nan=-1 if "optimizer" in options else nan, **options)  # LBFGS would keep the NaN
         trainer(health, norms, Heals(model), logger=logger, log_every_n_steps=10, max_epochs=4).fit(model, batches())
-        rows = {step: row for step, row in logger.rows.items() if "total_norm_max" in row}
+        rows = {step: row for step, row in logger.rows.items() if "log10_total_norm" in row}
+        assert rows
         truth = by_hand(norms, rows)
-        assert {step: row["total_norm_max"] for step, row in rows.items()} == pytest.approx(truth, rel=1e-6)
-        assert all(row["total_norm"] <= row["total_norm_max"] for row in rows.values() if "total_norm" in row)
+        assert {step: 10 ** row["log10_total_norm"] for step, row in rows.items()} == pytest.approx(truth, rel=1e-6)
         report = health.report()
         assert logger.summed("non_finite_steps") == report.non_finite_steps
         assert report.non_finite_steps == sum(not math.isfinite(norm) for _, _, norm in norms.steps)
@@ -217,7 +217,8 @@ def test_the_end_of_a_fit_logs_what_no_cadence_has() -> None:
     trainer(GradHealth(probe_every_n_steps=2), norms, logger=logger, log_every_n_steps=50, max_epochs=1).fit(
         Spiking(spike=1, lr=1e-5), batches()
     )
-    assert {s: row["total_norm_max"] for s, row in logger.rows.items()} == pytest.approx(by_hand(norms, logger.rows))
+    logged = {step: 10 ** row["log10_total_norm"] for step, row in logger.rows.items()}
+    assert logged == pytest.approx(by_hand(norms, logger.rows))
 
 
 # --- 0 and nothing ---
@@ -331,10 +332,10 @@ def test_zeros_are_logged_as_zeros() -> None:
     )
     record = StepRecord(0, 0.0, 0.0, 0.0, 0.0, (layer,), steps, backward_gain=0.0, forward_gain=0.0)
     logged = scalars(record, 0)
-    for name in ("total_norm", "total_norm_max", "applied_norm", "norm_ratio_min", "gain_per_layer", "would_clip"):
+    for name in ("forward_gain_per_layer", "dead_fraction_max", "gain_per_layer", "skipped_steps", "clipping_active"):
         assert logged[f"gradhealth/{name}"] == 0.0
-    for name in ("forward_gain_per_layer", "dead_fraction_max", "update_to_weight", "skipped_steps", "armed"):
-        assert logged[f"gradhealth/{name}"] == 0.0
+    for name in ("total_norm", "applied_norm", "norm_ratio_min", "would_clip", "update_to_weight"):
+        assert f"gradhealth/log10_{name}" not in logged  # 0 has no logarithm
     assert "gradhealth/saturated_fraction_max" not in logged
     assert len(scalars(StepRecord(0), 0)) == 2  # nothing was measured: counts only
 
