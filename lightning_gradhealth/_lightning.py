@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from rich.text import Text
@@ -224,3 +227,29 @@ def announcer(trainer: pl.Trainer) -> Callable[[str], None]:
 def _print(bar: ProgressBar, line: str) -> None:
     """Print as it is: for a rich console `[/x]` in a layer's name would be markup."""
     bar.print(Text(line) if isinstance(bar, RichProgressBar) else line)
+
+
+def report_folder(trainer: pl.Trainer, wanted: str | os.PathLike[str] | None) -> Path | None:
+    """Where the report of a run goes: "auto" is the run's own log folder, as checkpoints have it; None: nowhere.
+
+    `trainer.log_dir` would wait for the other ranks, which may have failed.
+    """
+    if wanted is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    if wanted != "auto":
+        return Path(wanted)
+    for logger in trainer.loggers:
+        folder = getattr(logger, "log_dir", None)
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            folder = _named_folder(logger)
+        if folder is not None and "://" not in os.fspath(folder):
+            return Path(folder)
+    return None
+
+
+def _named_folder(logger: Logger) -> str | None:
+    """The folder of a run whose logger has only one for all of them."""
+    root, name, version = logger.save_dir, logger.name, logger.version
+    if not isinstance(root, (str, os.PathLike)) or version is None:
+        return None
+    return os.path.join(os.fspath(root), str(name), version if isinstance(version, str) else f"version_{version}")

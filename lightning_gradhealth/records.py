@@ -579,8 +579,18 @@ class HealthReport(Record):
 
         return render_health(self)
 
+    def _repr_html_(self) -> str:
+        """The page of the run, in a frame: what a notebook shows."""
+        from lightning_gradhealth.pages import health_frame
+
+        return health_frame(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What was recorded for the page stays in this process; the fields go along."""
+        return {key: value for key, value in self.__dict__.items() if key != "_recorded"}
+
     def save(self, path: str | Path) -> Path:
-        """Write the report; the suffix decides how: .json, .md or .txt.
+        """Write the report; the suffix decides how: .html (the page in one file), .json, .md or .txt.
 
         Args:
             path: The file to write; missing folders are made.

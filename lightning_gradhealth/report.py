@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -184,28 +184,34 @@ def markdown(report: HealthReport) -> str:
 
 
 def save_health(report: HealthReport, path: Path) -> Path:
-    """Write a report as JSON, Markdown or text, by its suffix.
+    """Write a report as a page, JSON, Markdown or text, by its suffix.
 
     Example:
         >>> save_health(HealthReport(), Path("health.doc"))
         Traceback (most recent call last):
         ...
-        ValueError: path must end in .json, .md or .txt, got 'health.doc'; the suffix decides the format
+        ValueError: path must end in .html, .json, .md or .txt, got 'health.doc'; the suffix decides the format
     """
-    return _save(path, report, lambda: markdown(report), lambda: render_health(report))
+    from lightning_gradhealth.pages import health_page
+
+    return _save(
+        path,
+        {
+            ".html": lambda: health_page(report),
+            ".json": lambda: report.to_json(indent=1),
+            ".md": lambda: markdown(report),
+            ".txt": lambda: plain(render_health(report), width=160),
+        },
+    )
 
 
-def _save(
-    path: Path, report: HealthReport | FlowReport, as_markdown: Callable[[], str], render: Callable[[], RenderableType]
-) -> Path:
-    if path.suffix == ".json":
-        content = report.to_json(indent=1)
-    elif path.suffix == ".md":
-        content = as_markdown()
-    elif path.suffix == ".txt":
-        content = plain(render(), width=160)
-    else:
-        raise ValueError(f"path must end in .json, .md or .txt, got {str(path)!r}; the suffix decides the format")
+def _save(path: Path, formats: Mapping[str, Callable[[], str]]) -> Path:
+    """Write what the path's suffix stands for."""
+    if path.suffix not in formats:
+        *others, last = formats
+        must = f"{', '.join(others)} or {last}"
+        raise ValueError(f"path must end in {must}, got {str(path)!r}; the suffix decides the format")
+    content = formats[path.suffix]()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content + "\n", encoding="utf-8")
     return path
@@ -327,7 +333,14 @@ def save_flow(report: FlowReport, path: Path) -> Path:
         ...
         ValueError: path must end in .json, .md or .txt, got 'flow.doc'; the suffix decides the format
     """
-    return _save(path, report, lambda: flow_markdown(report), lambda: render_flow(report))
+    return _save(
+        path,
+        {
+            ".json": lambda: report.to_json(indent=1),
+            ".md": lambda: flow_markdown(report),
+            ".txt": lambda: plain(render_flow(report), width=160),
+        },
+    )
 
 
 # --- initialisation ---

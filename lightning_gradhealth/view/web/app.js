@@ -6,6 +6,7 @@ import { LayerView, ProfileView } from "./details.js";
 import { clean, count, el, named } from "./dom.js";
 import { emptyPage, findingCards, runList, severityOf, statusText } from "./findings.js";
 import { onKey } from "./keys.js";
+import { keepLooking } from "./live.js";
 import { compose, save } from "./png.js";
 import { makeRows, patternOf } from "./rows.js";
 import { Server } from "./source.js";
@@ -13,12 +14,11 @@ import { watchTheme } from "./theme.js";
 import { Tip } from "./tip.js";
 import { Toolbar } from "./toolbar.js";
 
-const POLL = 2000; // milliseconds between two looks at whether there is more
 const SETTLE = 120; // milliseconds that a zoom rests before a finer picture is asked for
 
 export class App {
   constructor(host, source = new Server()) {
-    Object.assign(this, { host, source, columns: [], runs: [], rows: [], names: [], linked: [], waiting: 0, grown: 0, opened: new Set(), closed: new Set(), chosen: { layer: 0, step: 0 } });
+    Object.assign(this, { host, source, columns: [], runs: [], rows: [], names: [], linked: [], waiting: 0, opened: new Set(), closed: new Set(), chosen: { layer: 0, step: 0 } });
     this.state = { run: null, versus: null, mode: "ratio", metric: null, filter: "", level: 0 };
     host.gradhealth = this;
   }
@@ -29,7 +29,7 @@ export class App {
     this.main = el("div", { className: "page" });
     this.host.prepend(this.main);
     await this.busy(this.begin());
-    if (this.source.live) this.follow();
+    if (this.source.live) keepLooking(this);
   }
 
   /** While something is under way the page is not "ready"; a failure is told in the bar. */
@@ -73,14 +73,15 @@ export class App {
   get metric() { return this.layout.metrics.find(({ name }) => name === this.state.metric) ?? this.layout.metrics[0]; }
   get folded() { return this.rows.length !== this.names.length || this.rows.some(({ first }, row) => first !== row); }
   get status() { return this.runs.find(({ run }) => run === this.state.run)?.status; }
-  picture(column) { return column.picture; }
 
   // --- opening a run ---
 
   /** Build the page of the run, and of the one that it is compared with. */
   async open(asked = {}) {
-    const ticket = (this.opening = Symbol("opening"));
-    const layout = await this.source.layout({ run: this.state.run });
+    const ticket = (this.opening = Symbol("opening")), { run, versus } = this.state, w = Math.min(2000, Math.round(innerWidth * devicePixelRatio));
+    const series = new Map([run, versus].filter(Boolean).map((each) => [each, this.source.series({ run: each, w })]));
+    for (const each of series.values()) each.catch(() => {}); // it is told where it is awaited
+    const layout = await this.source.layout({ run });
     if (ticket !== this.opening) return;
     this.close();
     this.layout = layout;
@@ -90,15 +91,14 @@ export class App {
     this.x = new Range(layout.x0, Math.max(layout.x1, layout.x0 + 1), 1);
     this.y = new Range(this.rows.length - 0.5, -0.5, 2);
     this.build();
-    await Promise.all(this.columns.map((column) => column.loadSeries()));
-    if (ticket !== this.opening) return;
-    this.measure();
-    this.showStatus();
     const [a, b] = (asked.x ?? "").split("-").map(Number), [c, d] = (asked.rows ?? "").split("-").map(Number);
     if (b > a) this.x.set(a, b);
     if (d > c) this.y.set(d + 0.5, c - 0.5);
-    await this.draw();
+    await Promise.all([...this.columns.map((column) => column.loadSeries(series)), ...this.columns.map((column) => column.loadPicture())]);
     if (ticket !== this.opening) return;
+    this.measure();
+    this.showStatus();
+    this.paint();
     this.x.listeners.add(() => this.later());
     this.y.listeners.add(() => this.later());
     await this.pick(...this.startingPoint(asked));
@@ -218,7 +218,7 @@ export class App {
     const low = Math.min(...pictures.map(({ lo }) => lo)), high = Math.max(...pictures.map(({ hi }) => hi));
     for (const column of this.columns) column.show(low, high);
     this.toolbar.reset.disabled = this.x.whole && this.y.whole;
-    this.host.dataset.painted = String((Number(this.host.dataset.painted) || 0) + 1);
+    this.host.dataset.painted ??= String(Math.round(performance.now()));
   }
 
   /** A finer picture once the zoom rests. */
@@ -245,9 +245,7 @@ export class App {
 
   // --- a layer, a step, a finding ---
 
-  async pick(layer, step, column = this.columns[0]) {
-    const first = this.columns[0];
-    if (column !== first && column.layout) layer = Math.max(0, this.names.indexOf(column.layout.layers[layer]?.name ?? this.names[layer]));
+  async pick(layer, step) {
     this.chosen = { layer: Math.max(0, Math.min(this.names.length - 1, layer)), step: Math.round(step) };
     this.markAll();
     const ticket = (this.picking = Symbol("picking")), { run, versus, metric } = this.state, name = this.names[this.chosen.layer];
@@ -333,52 +331,6 @@ export class App {
     const { run, versus, metric } = this.state, title = `${run}${versus ? ` / ${versus}` : ""}: ${statusText(this.columns[0].series?.status)}`;
     const canvas = compose([...this.main.querySelectorAll("main figure")].filter((node) => !node.hidden && node.offsetParent), title, this.main.querySelector("main"));
     return save(canvas, `gradhealth-${`${run}-${metric}`.replace(/[^A-Za-z0-9._-]+/g, "_").slice(0, 80)}.png`);
-  }
-
-  // --- a run that goes on ---
-
-  follow() {
-    setInterval(() => document.hidden || this.looking || this.look(), POLL);
-    document.addEventListener("visibilitychange", () => document.hidden || this.looking || this.look());
-  }
-
-  /** Look whether there is more; the zoom is kept. */
-  async look() {
-    this.looking = true;
-    try {
-      const before = JSON.stringify(this.runs), runs = await this.source.runs(), shown = [this.state.run, this.state.versus];
-      if (JSON.stringify(runs) === before) {
-        if (this.lost) this.showStatus();
-      } else if (!this.runs.length || !runs.some(({ run }) => run === this.state.run)) await this.busy(this.begin());
-      else {
-        const moved = runs.some(({ run, stamp }) => shown.includes(run) && this.runs.find((entry) => entry.run === run)?.stamp !== stamp);
-        this.runs = runs;
-        if (moved) await this.refresh();
-        this.toolbar.update();
-        this.showStatus();
-      }
-      this.lost = false;
-    } catch {
-      this.lost = true;
-      this.note("the server does not answer; trying again");
-    }
-    this.looking = false;
-  }
-
-  async refresh() {
-    const layout = await this.source.layout({ run: this.state.run });
-    if (layout.schema !== this.layout.schema || layout.layers.length !== this.names.length) {
-      await this.busy(this.open({ layer: this.names[this.chosen.layer], step: this.chosen.step }));
-      return;
-    }
-    this.layout = layout;
-    await Promise.all(this.columns.map((column) => column.loadSeries()));
-    this.measure();
-    await this.draw();
-    clearTimeout(this.resting);
-    await this.pick(this.chosen.layer, this.chosen.step);
-    this.grown += 1;
-    this.host.dataset.grown = String(this.grown);
   }
 }
 

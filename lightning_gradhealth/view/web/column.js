@@ -41,23 +41,33 @@ export class Column {
 
   // --- data ---
 
-  async load() {
-    this.layout = await this.app.source.layout({ run: this.run });
-    await this.loadSeries();
-  }
-
-  async loadSeries() {
+  /** under way: the answers that have been asked for already, by run. */
+  async loadSeries(underWay = new Map()) {
     const w = Math.round(this.norm.innerWidth * this.norm.scale);
-    const [mine, theirs] = await Promise.all([this.run, this.versus].map((run) => (run ? this.app.source.series({ run, w }) : null)));
-    Object.assign(this, { series: mine, theirs });
+    const [mine, theirs] = await Promise.all([this.run, this.versus].map((run) => (run ? underWay.get(run) ?? this.app.source.series({ run, w }) : null)));
+    Object.assign(this, { series: mine, theirs, asked: null });
     const { step } = mine, n = step.length;
     this.gap = n > 1 ? Math.max(1, Math.min(step[n - 1] - step[n - 2], (step[n - 1] - step[0]) / 4)) : 1;
     this.showSeries();
   }
 
+  /** The rows of the page as layers of this run: of one that stands beside another, by their names; null: it has none. */
+  async ownRows() {
+    const { app } = this;
+    if (this.run === app.state.run) return app.rows;
+    this.names ??= (await app.source.layout({ run: this.run })).layers.map(({ name }) => name);
+    const place = new Map(this.names.map((name, index) => [name, index]));
+    return app.rows.map(({ first, last }) => {
+      const [a, b] = [place.get(app.names[first]), place.get(app.names[last])];
+      return a === undefined || !(b >= a) ? null : { first: a, last: b };
+    });
+  }
+
   async loadPicture() {
     const { app } = this, { x, y } = app, query = { run: this.run, metric: app.state.metric, versus: this.versus };
-    let rows = app.rows;
+    this.heat.resize(Math.max(HEIGHTS.least, Math.min(HEIGHTS.most, app.rows.length * HEIGHTS.row)) + this.heat.top + this.heat.bottom);
+    this.rows = await this.ownRows();
+    let rows = this.rows.filter(Boolean);
     query.h = Math.min(2000, Math.round(this.heat.innerHeight * this.heat.scale));
     query.w = Math.min(2000, Math.round(this.heat.innerWidth * this.heat.scale * (x.whole ? 1 : 1.2)));
     if (!x.whole) {
@@ -66,13 +76,16 @@ export class Column {
     }
     const cut = rows.length > query.h && !y.whole;
     if (cut) rows = rows.slice(Math.max(0, Math.floor(y.a < y.b ? y.a : y.b)), Math.ceil(Math.max(y.a, y.b)) + 1);
-    if (cut || app.folded) query.rows = asked(rows);
+    if (cut || app.folded || rows.length !== this.rows.length) query.rows = asked(rows);
+    const key = JSON.stringify(query);
+    if (key === this.asked && this.picture) return;
     this.request?.abort();
     const request = (this.request = new AbortController());
     try {
       const picture = await app.source.picture(query, request.signal);
       if (request !== this.request) return;
       this.picture = picture;
+      this.asked = key;
     } catch (error) {
       if (error.name !== "AbortError") throw error;
     }
@@ -87,14 +100,13 @@ export class Column {
     const palette = picture.palette ?? metric.palette;
     this.scale = { low, high, palette, log: picture.scale === "log2" };
     const share = (code) => (picture.lo + (code / TOP) * (picture.hi - picture.lo) - low) / (high - low || 1);
-    const place = placesIn(app.rows, picture.rows);
+    const place = placesIn(this.rows, picture.rows);
     this.cells.data = { codes: picture.codes, columns: picture.columns, end: picture.last + this.gap, rowAt: (row) => place[row] ?? -1, colours: table(palette, app.dark, share), textured };
     this.place = place;
     const title = this.versus ? `${metric.title}: ${picture.scale === "log2" ? "ratio" : "difference"} of the runs` : metric.title;
     this.heat.caption.firstChild.textContent = title[0].toUpperCase() + title.slice(1);
     this.heat.caption.children[1].textContent = clean(metric.about ?? "", 300);
     this.heat.figure.setAttribute("aria-label", `${title}: ${app.rows.length} rows of layers over steps ${count(picture.columns[0] ?? 0)} to ${count(picture.last)}`);
-    this.heat.resize(Math.max(HEIGHTS.least, Math.min(HEIGHTS.most, app.rows.length * HEIGHTS.row)) + this.heat.top + this.heat.bottom);
     this.heat.schedule();
   }
 
@@ -203,13 +215,14 @@ export class Column {
     const { app } = this, name = app.metric.title;
     const steps = cell.until - cell.step >= 2 * this.gap ? `steps ${count(cell.step)} to ${count(cell.until)}` : `step ${count(cell.step)}`;
     const text = cell.value !== null && Number.isFinite(cell.value) && cell.value !== 0 ? `≈ ${figure(cell.value)}` : figure(cell.value);
-    const lines = (value) => [cell.label, [steps, ""], [this.versus ? `${name}, ${app.picture(this).scale === "log2" ? "ratio" : "difference"}` : name, value]];
+    const lines = (value) => [cell.label, [steps, ""], [this.versus ? `${name}, ${this.picture.scale === "log2" ? "ratio" : "difference"}` : name, value]];
     app.tip.show(lines(text), cx, cy, aloud);
     clearTimeout(this.asking);
-    if (!app.source.live || cell.first !== cell.last || this.versus || cell.value === null) return;
+    const own = this.rows[cell.row];
+    if (!app.source.live || own.first !== own.last || this.versus || cell.value === null) return;
     const key = (this.exactly = `${cell.layer}/${cell.step}/${app.state.metric}`);
     this.asking = setTimeout(async () => {
-      const answer = await app.source.value({ run: this.run, metric: app.state.metric, layer: cell.layer, step: cell.step }).catch(() => null);
+      const answer = await app.source.value({ run: this.run, metric: app.state.metric, layer: own.first, step: cell.step }).catch(() => null);
       if (answer && key === this.exactly && !app.tip.box.hidden) app.tip.show([cell.label, [`step ${count(answer.step)}`, ""], [name, figure(answer.value)]], cx, cy, aloud);
     }, 90);
   }

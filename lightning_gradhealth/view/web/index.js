@@ -1,12 +1,21 @@
 /* TensorBoard's entry: it calls render() once in the tab's frame. */
 import { App } from "./app.js";
+import { Server } from "./source.js";
+// those that the app's own parts ask for, named here so that all are fetched at once
+import "./colours.js";
+import "./file.js";
+import "./gestures.js";
+import "./marks.js";
+import "./ticks.js";
 
 export async function render() {
+  const source = new Server();
+  source.begin();
   document.documentElement.lang = "en";
   document.title = "Grad Health";
   const sheet = Object.assign(document.createElement("link"), { rel: "stylesheet", href: "style.css" });
   const styled = new Promise((done) => { sheet.onload = sheet.onerror = done; });
   document.head.append(sheet);
   await styled;
-  await new App(document.body).start();
+  await new App(document.body, source).start();
 }

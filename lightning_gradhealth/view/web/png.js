@@ -15,9 +15,9 @@ export function compose(figures, title, host) {
   g.fillText(fit(g, clean(title), box.width - 24), 12, 18);
   g.font = "600 12px system-ui, sans-serif";
   for (const figure of figures) {
-    const caption = figure.querySelector("figcaption"), place = caption.getBoundingClientRect();
+    const caption = figure.querySelector("figcaption"), place = (caption ?? figure).getBoundingClientRect();
     g.fillStyle = css("--fg");
-    g.fillText(fit(g, caption.textContent, place.width - 8), place.left - box.left + 4, place.top - box.top + top + 9);
+    g.fillText(fit(g, caption?.textContent ?? figure.ariaLabel, place.width - 8), place.left - box.left + 4, place.top - box.top + top + (caption ? 9 : -4));
     for (const panel of figure.querySelectorAll(".panel")) {
       const at = panel.getBoundingClientRect();
       g.drawImage(panel.firstElementChild, at.left - box.left, at.top - box.top + top, at.width, at.height);

@@ -53,11 +53,11 @@ export const patternOf = (text) => (text ? new RegExp(text.slice(0, 300), "u") :
 /** Rows as the server takes them. */
 export const asked = (rows) => rows.map(({ first, last }) => (first === last ? `${first}` : `${first}-${last}`)).join(",");
 
-/** For each row shown, the row of a picture that holds its first layer; -1: none. `ranges`: layers of each row of the picture. */
+/** For each row shown, the row of a picture that holds its first layer; -1: none (a row may be null). `ranges`: layers of each row of the picture. */
 export function placesIn(rows, ranges) {
   const place = new Map();
   ranges.forEach(([first, last], index) => {
     for (let layer = first; layer <= last; layer += 1) if (!place.has(layer)) place.set(layer, index);
   });
-  return rows.map((row) => place.get(row.first) ?? -1);
+  return rows.map((row) => (row ? place.get(row.first) ?? -1 : -1));
 }

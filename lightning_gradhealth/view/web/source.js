@@ -27,7 +27,19 @@ export class Server {
     throw Object.assign(new Error(body.error ?? `the server answered ${response.status}`), { status: response.status });
   }
 
-  async runs() { return (await (await this.ask("runs")).json()).runs; }
+  /** Ask for the runs now, before the page is there to be drawn. */
+  begin() {
+    this.first = this.runs();
+    this.first.catch(() => {}); // it is told where it is awaited
+  }
+
+  async runs() {
+    const { first } = this;
+    this.first = null;
+    if (first) return first;
+    return (await (await this.ask("runs")).json()).runs;
+  }
+
   async layout(query) { return (await this.ask("layout", query)).json(); }
   async series(query) { return readSeries(await (await this.ask("series", query)).json()); }
 
