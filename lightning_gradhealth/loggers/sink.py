@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -133,7 +134,7 @@ class LoggerSink:
         if writer is None:
             return False
         if id(logger) not in self._events:
-            is_stand_in = not isinstance(getattr(writer, "log_dir", None), str)  # as other ranks have
+            is_stand_in = not isinstance(getattr(writer, "log_dir", None), (str, os.PathLike))  # as other ranks have
             why = why_not(writer)
             if why and not is_stand_in:
                 say(f"gradhealth: nothing is written for TensorBoard's Grad Health tab: {why}")

@@ -233,5 +233,6 @@ def test_an_empty_folder_says_how_to_get_data_and_a_growing_run_is_seen_with_the
         inside.click("#whole")
         settled(inside)
         assert zoom_of(inside)[1] > last + 5
+        page.close()  # it looks for more, and would miss the server
     session.close()
     writer.close()
