@@ -171,7 +171,9 @@ def test_tables_keep_figures_and_names_at_eighty_columns() -> None:
 
 
 def test_saving_as_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"path must end in .json, .md or .txt, got .*health.doc'; the suffix decides"):
+    with pytest.raises(
+        ValueError, match=r"path must end in .html, .json, .md or .txt, got .*health.doc'; the suffix decides"
+    ):
         sick().save(tmp_path / "health.doc")
 
 
