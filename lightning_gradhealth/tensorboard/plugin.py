@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightning_gradhealth.tensorboard.routes import Routes
 
 DATA_NAMES = ("gradhealth", "gradhealth_events")  # as in view/quantities.py, which is not loaded yet
+ENTRY = "/index.js"
 ROUTES = ("runs", "layout", "picture", "series", "layer", "profile", "value")
 KINDS = {
     ".js": "text/javascript",
@@ -64,7 +65,7 @@ class GradHealthPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def frontend_metadata(self) -> Any:
         """The page is a module."""
-        return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Grad Health")
+        return base_plugin.FrontendMetadata(es_module_path=ENTRY, tab_name="Grad Health")
 
     def get_plugin_apps(self) -> dict[str, App]:
         """The routes: the page's files, by a list that is made once, and its data."""
@@ -89,7 +90,12 @@ class GradHealthPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return answer(environ, start_response)  # type: ignore[arg-type]
 
     def _file(self, path: str, request: wrappers.Request) -> wrappers.Response:
-        content = importlib.resources.files("lightning_gradhealth.view").joinpath("web", path[1:]).read_bytes()
+        if path == ENTRY:  # with all modules: TensorBoard takes longer for twenty requests than for their content
+            from lightning_gradhealth.view.page import bundle
+
+            content = bundle(path[1:]).encode()
+        else:
+            content = importlib.resources.files("lightning_gradhealth.view").joinpath("web", path[1:]).read_bytes()
         answer: wrappers.Response = http_util.Respond(request, content, self._files[path])
         return answer
 

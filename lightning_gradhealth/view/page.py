@@ -19,12 +19,15 @@ def _read(name: str) -> str:
 
 
 @functools.cache
-def script() -> str:
-    """All modules of the page as one, each after those that it imports.
+def bundle(*roots: str) -> str:
+    """Modules of the page as one, each after those that it imports; nothing is exported but by the last.
+
+    Args:
+        roots: The modules that are wanted, with all that they import.
 
     Example:
-        >>> "import " in script() or "export " in script()
-        False
+        >>> [line for line in bundle("index.js").splitlines() if line.startswith(("import ", "export "))]
+        ['export async function render() {']
     """
     parts: dict[str, str] = {}
 
@@ -34,11 +37,22 @@ def script() -> str:
         source = _read(name)
         for imported in _IMPORT.findall(source):
             add(imported, (*above, name))
-        parts[name] = _EXPORT.sub("", _IMPORT.sub("", source))
+        code = _IMPORT.sub("", source)
+        parts[name] = code if name == roots[-1] else _EXPORT.sub("", code)
 
-    for root in ("file.js", "app.js"):
+    for root in roots:
         add(root, ())
-    return "".join(parts.values()) + _BEGIN
+    return "".join(parts.values())
+
+
+def script() -> str:
+    """The code of a page that carries its data.
+
+    Example:
+        >>> script().splitlines()[-1][-9:]
+        '.start();'
+    """
+    return _EXPORT.sub("", bundle("file.js", "app.js")) + _BEGIN
 
 
 def _hash(text: str) -> str:

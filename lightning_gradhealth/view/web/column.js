@@ -170,7 +170,8 @@ export class Column {
 
   label(row) {
     const entry = this.app.rows[row];
-    return entry && { text: clean(entry.label, 120), strong: row === this.marker?.at };
+    if (entry) entry.text ??= clean(entry.label, 120);
+    return entry && { text: entry.text, strong: row === this.marker?.at };
   }
 
   findingLabel(row) {
@@ -186,10 +187,10 @@ export class Column {
   colourBar(g, panel) {
     if (!this.scale) return;
     const { low, high, palette, log } = this.scale, left = panel.w - panel.right + 10, h = panel.innerHeight;
-    for (let i = 0; i < h; i += 1) {
-      g.fillStyle = colourAt(palette, this.app.dark, 1 - (i + 0.5) / h);
-      g.fillRect(left, panel.top + i, 9, 1.5);
-    }
+    const bar = g.createLinearGradient(0, panel.top + h, 0, panel.top);
+    for (let i = 0; i <= 20; i += 1) bar.addColorStop(i / 20, colourAt(palette, this.app.dark, i / 20));
+    g.fillStyle = bar;
+    g.fillRect(left, panel.top, 9, h);
     Object.assign(g, { fillStyle: css("--dim"), textAlign: "left", textBaseline: "middle" });
     const ticks = log ? logTicks(2 ** low, 2 ** high, h / 28) : evenTicks(low, high, h / 40);
     for (const [value, text] of ticks) {

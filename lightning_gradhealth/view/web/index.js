@@ -1,12 +1,6 @@
-/* TensorBoard's entry: it calls render() once in the tab's frame. */
+/* TensorBoard's entry: it calls render() once in the tab's frame. The server sends all modules within this one. */
 import { App } from "./app.js";
 import { Server } from "./source.js";
-// those that the app's own parts ask for, named here so that all are fetched at once
-import "./colours.js";
-import "./file.js";
-import "./gestures.js";
-import "./marks.js";
-import "./ticks.js";
 
 export async function render() {
   const source = new Server();

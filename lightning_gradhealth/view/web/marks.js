@@ -176,16 +176,17 @@ export class Cells {
       }
       last = row;
       this.rough = false;
+      if (row < 0) {
+        pixels.fill(0, to, to + w);
+        continue;
+      }
+      const { plain, texture } = colours, base = row * n;
       for (let p = 0; p < w; p += 1) {
-        if (row < 0 || column[p] < 0) {
-          pixels[to + p] = 0;
-          continue;
-        }
-        const code = codes[row * n + column[p]];
-        if (code < textured.from) pixels[to + p] = colours.plain[code];
+        const code = column[p] < 0 ? -1 : codes[base + column[p]];
+        if (code < textured.from) pixels[to + p] = code < 0 ? 0 : plain[code];
         else {
           this.rough = true; // a texture changes from line to line
-          pixels[to + p] = textured.at(code, p / scale, q / scale) ? colours.texture[code] : colours.plain[code];
+          pixels[to + p] = textured.at(code, p / scale, q / scale) ? texture[code] : plain[code];
         }
       }
     }
