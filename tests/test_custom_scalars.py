@@ -19,7 +19,8 @@ from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalar
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradhealth import GradHealth, NormClip
-from lightning_gradhealth.loggers import panels
+from lightning_gradhealth.loggers import LoggerSink, panels
+from lightning_gradhealth.records import StepRecord
 
 MINE = {"Mine": {"losses": ["Multiline", ["loss", "val"]], "band": ["Margin", ["a", "b", "c"]]}}
 OURS = {"Grad Health": {"norm": ["Multiline", ["gradhealth/log10_total_norm"]]}}
@@ -71,6 +72,15 @@ def test_a_run_that_goes_on_keeps_what_was_there(tmp_path: Path) -> None:
     panels.show(second, OURS)
     second.close()
     assert panel(tmp_path) == {"Mine": ["losses", "band"], "Grad Health": ["norm"]}
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_writer_of_ones_own_keeps_its_charts_whatever_its_folder_is_given_as(kind: Any, tmp_path: Path) -> None:
+    writer = SummaryWriter(kind(tmp_path))
+    writer.add_custom_scalars(MINE)
+    LoggerSink().write([writer], StepRecord(0, total_norm=1.0), [], ())
+    writer.close()
+    assert set(panel(tmp_path)) == {"Mine", "Grad Health"}
 
 
 def test_the_latest_charts_of_the_user_count(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ LARGEST = 64 * 2**20  # bytes of event files that are looked through for a layou
 Charts = Mapping[str, Mapping[str, Sequence[Any]]]
 
 
+def is_stand_in(writer: Any) -> bool:
+    """Whether a writer has no folder, as that of other ranks.
+
+    Example:
+        >>> is_stand_in(object())
+        True
+    """
+    return not isinstance(getattr(writer, "log_dir", None), (str, os.PathLike))
+
+
 def show(writer: Any, charts: Charts) -> None:
     """Add charts to the panel of a writer's run, and keep those that the user has given it, or gives it later.
 
@@ -23,7 +34,7 @@ def show(writer: Any, charts: Charts) -> None:
         writer: A torch.utils.tensorboard.SummaryWriter.
         charts: Category -> title -> ["Multiline" or "Margin", tags], as `SummaryWriter.add_custom_scalars` takes them.
     """
-    if not isinstance(getattr(writer, "log_dir", None), str):  # a stand-in, as other ranks have
+    if is_stand_in(writer):
         writer.add_custom_scalars(charts)
         return
     panel = vars(writer).get("gradhealth_panel")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from lightning_gradhealth.loggers.events import EventsWriter, why_not
-from lightning_gradhealth.loggers.panels import findings_text, layout, show
+from lightning_gradhealth.loggers.panels import findings_text, is_stand_in, layout, show
 from lightning_gradhealth.loggers.scalars import (
     PREFIX,
     LogLayers,
@@ -134,11 +133,11 @@ class LoggerSink:
         if writer is None:
             return False
         if id(logger) not in self._events:
-            is_stand_in = not isinstance(getattr(writer, "log_dir", None), (str, os.PathLike))  # as other ranks have
+            stands_in = is_stand_in(writer)
             why = why_not(writer)
-            if why and not is_stand_in:
+            if why and not stands_in:
                 say(f"gradhealth: nothing is written for TensorBoard's Grad Health tab: {why}")
-            self._events[id(logger)] = None if why or is_stand_in else EventsWriter(self._prefix)
+            self._events[id(logger)] = None if why or stands_in else EventsWriter(self._prefix)
         return self._events[id(logger)] is not None
 
     def _write_events(
