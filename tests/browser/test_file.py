@@ -121,6 +121,10 @@ def test_a_click_shows_the_layer_and_the_depth_at_that_step(opened: Callable[...
     plots = page.query_selector_all("section.layer figure")
     assert len(plots) >= 6
     assert "fitted gain per layer" in page.inner_text("section.depth p")
+    page = opened("run=vanishing")  # a file keeps the histograms of layers that are in findings
+    bins = page.query_selector('section.layer figure[aria-label="Histogram"] canvas')
+    assert bins is not None
+    assert len(set(bins.screenshot())) > 50
 
 
 def test_layers_are_folded_and_filtered(opened: Callable[..., Any]) -> None:

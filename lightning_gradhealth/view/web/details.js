@@ -68,6 +68,8 @@ export class LayerView {
     const label = (row) => ({ text: row === n - 1 ? `≥ ${figure(edges[n - 1])}` : row === 0 ? `< ${figure(edges[1])}` : figure(edges[row]) });
     const { panel } = this.plot("histogram", "Histogram", { y: new Range(-0.5, n - 0.5), names: (row) => (row >= 0 && row < n ? label(row) : null), left: 66, height: 180 });
     panel.host.previousSibling.lastChild.textContent = clean(what);
+    const filled = edges.slice(1).map((_, bin) => bin).filter((bin) => shares.some((column) => column[bin] > 0));
+    panel.y.grow(Math.max(0, (filled[0] ?? 0) - 1) - 0.5, Math.min(n - 1, (filled.at(-1) ?? n - 1) + 1) + 0.5);
     const codes = new Uint8Array(n * step.length);
     shares.forEach((column, c) => column.forEach((share, bin) => { codes[bin * step.length + c] = Math.round(250 * Math.sqrt(Math.min(1, Math.max(0, share ?? 0)))); }));
     const gap = step.length > 1 ? step.at(-1) - step.at(-2) : 1;
