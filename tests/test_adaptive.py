@@ -364,7 +364,7 @@ def test_the_turn_of_a_gradient_is_its_cosine_with_the_step_before() -> None:
 def test_directions_are_not_asked_for_after_the_first_steps() -> None:
     gate, weight = WhenExploding(), nn.Parameter(torch.zeros(2))
     weight.grad = torch.ones(2)
-    turns = [gate._turn(Gradients.of(weight)) for _ in range(WhenExploding.EARLY + 1)]
+    turns = [gate._turn(Gradients.of(weight)) for _ in range(WhenExploding.LOOKS + 1)]
     assert [None if turn is None else round(turn.item(), 6) for turn in (*turns[:3], turns[-1])] == [
         0.0,
         1.0,
@@ -405,3 +405,27 @@ def test_what_has_no_fixed_places_is_not_sampled() -> None:
     rows = torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (4,), check_invariants=True)
     taken, _ = sample([rows, None, torch.tensor([3.0])])
     assert taken.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("void", [0, 40, 70])
+def test_a_resumed_gate_goes_on_comparing_directions_where_it_was(void: int) -> None:
+    first = [torch.full((2,), math.nan)] * void
+    gradients = [*first, *swinging(50, 1.15, -1.0)]
+    for at in (1, void + 10, void + 30):
+        gate = WhenExploding()
+        seen = [_taken(gate, gradient) for gradient in gradients[:at]]
+        resumed = WhenExploding()
+        resumed.load_state_dict(gate.state_dict())
+        seen += [_taken(resumed, gradient) for gradient in gradients[at:]]
+        unbroken = WhenExploding()
+        assert seen == [_taken(unbroken, gradient) for gradient in gradients]
+        assert any(outbreak for outbreak, _ in seen)
+        assert resumed.state_dict()["steps"] == unbroken.state_dict()["steps"]
+
+
+def _taken(gate: WhenExploding, gradient: Tensor) -> tuple[bool, list[float]]:
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = gradient.clone()
+    cut = gate.decide(Gradients.of(weight))
+    assert cut.outbreak is not None
+    return bool(cut.outbreak), [part.item() for part in cut.parts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,6 +92,7 @@ class WhenExploding(Clipper):
     SUSPECT, AGAIN, RECENT = 1.3, math.log(1.25), 64.0  # healthy: norms that leap while learning sets in stay up
     OUTBREAK = math.log(6.0)  # healthy: at most 4.4
     FAR, CLIMB = math.log(30.0), math.log(1.03)  # healthy: at most 10; growth by 10 % a step is caught at 120 times
+    LOOKS = 200  # steps whose directions are compared: 100 more than count, for those that a scaler or a NaN makes void
     EARLY, WINDOW = 100, 16  # steps in which swings count, and how many make one: an RNN is beyond rescue after some 35
     TURN, RISEN, PEAK, NEW = -0.15, 0.5, 1.5, 0.5  # see `_swings`; healthy: 16 of 8,593 noisy runs meet all four
     HOLD = 500  # heavy tails: the next outbreak is some 100 steps away
@@ -161,9 +163,18 @@ class WhenExploding(Clipper):
         if not self.dry_run:
             self._act(gradients, cut)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it remembers, and how many steps it has compared the directions of."""
+        return {**super().state_dict(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned; see there."""
+        super().load_state_dict(state)
+        self._steps = int(state.get("steps", 0)) if self.state else 0
+
     def asking(self) -> list[Clipper]:
         """Itself in the first steps, whose directions it compares: later there is a history to judge by."""
-        return [*([self] if self._steps < self.EARLY else ()), *super().asking()]
+        return [*([self] if self._steps < self.LOOKS else ()), *super().asking()]
 
     def sums(self, tensors: Sequence[Tensor | None], shares: Tensor | None = None) -> Tensor:
         """Of a sample of the elements: the product with that of the step before, and with itself; shape (2,)."""
@@ -177,7 +188,7 @@ class WhenExploding(Clipper):
 
     def _turn(self, gradients: Gradients) -> Tensor | None:
         """Cosine between this gradient and the one of the step before, shape (); 0 where it is not known, then None."""
-        if self._steps >= self.EARLY:
+        if self._steps >= self.LOOKS:
             self._now = None
             for kept, name in ((self._parts, "sample"), (self.state, "sample"), (self.state, "length")):
                 kept.pop(name, None)

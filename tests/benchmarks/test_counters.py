@@ -86,7 +86,7 @@ CLIPPERS = {"norm": lambda: gh.NormClip(1.0), "adaptive": lambda: "adaptive", "z
 def test_clipping_by_one_factor_costs_one_more_pass_and_no_operator_a_layer(clip: str) -> None:
     def operators(depth: int) -> Counter[str]:
         session, optimizer, _ = observed(depth, clip=CLIPPERS[clip]())
-        for _ in range(gh.WhenExploding.EARLY if clip == "adaptive" else 0):
+        for _ in range(gh.WhenExploding.LOOKS if clip == "adaptive" else 0):
             session.apply(session.observe(optimizer, torch.tensor(0.0)))
         with Operators() as seen:
             session.apply(session.observe(optimizer, torch.tensor(0.0)))
