@@ -126,7 +126,8 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, gh.Health
         verdict = "healthy" if report.healthy else ", ".join(f.condition for f in report.findings)
         table.add_row(run.name, f"{run.learning_rate:g}", f"{accuracy:.1%}", verdict)
     console.print(table)
-    console.print(f"See the difference: [bold]tensorboard --logdir {options.logdir}[/] (tab Custom Scalars)")
+    console.print(f"See the difference: [bold]tensorboard --logdir {options.logdir}[/] (tab Grad Health)")
+    console.print(f"report: {options.logdir / RUNS[0].name / 'report.html'}", soft_wrap=True)
     return results
 
 

@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[float, gh.Health
         share = f"{report.clipped_steps / report.steps:.1%}"
         table.add_row(clip, f"{loss:.3f}", f"{largest:.3g}", share, report.verdict)
     console.print(table)
-    console.print(f"See both: [bold]tensorboard --logdir {options.logdir}[/] (tab Custom Scalars)")
+    console.print(f"See both: [bold]tensorboard --logdir {options.logdir}[/] (tab Grad Health)")
     return results
 
 
