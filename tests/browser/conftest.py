@@ -1,4 +1,7 @@
-"""One Chromium for all tests of the page, and pages whose errors are failures."""
+"""One Chromium for the tests of a module, and pages whose errors are failures.
+
+Not one for all: while Playwright's loop is running, tests elsewhere can start none of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 from browser.chromium import CHROMIUM, FLAGS, sync_api
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
