@@ -130,11 +130,12 @@ def server(logdir: Path, scratch: Path, *flags: str) -> Iterator[str]:
 
     def read() -> None:
         assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if match := re.search(r"http://127\.0\.0\.1:\d+\S*", line):
-                found.append(match[0])
-                ready.set()
+        with process.stderr as said:
+            for line in said:
+                lines.append(line)
+                if match := re.search(r"http://127\.0\.0\.1:\d+\S*", line):
+                    found.append(match[0])
+                    ready.set()
         ready.set()
 
     reader = threading.Thread(target=read, daemon=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from lightning_gradhealth.view.quantities import (
     QUANTITIES,
     Half,
     Single,
-    missing,
+    either,
 )
 from lightning_gradhealth.view.rows import Layer, Row, schema_of, told
 
@@ -176,17 +177,13 @@ def _names(layers: Sequence[Layer]) -> list[tuple[str, str]]:
 
 
 def _about(name: str) -> dict[str, Any]:
-    quantity = QUANTITIES[name]
-    keys = ("name", "title", "about", "scale", "palette", "neutral")
-    return {"format": FORMAT, **{key: getattr(quantity, key) for key in keys}}
+    return {"format": FORMAT, **asdict(QUANTITIES[name])}
 
 
 def _larger(one: tuple[Half, Single], two: tuple[Half, Single]) -> tuple[Half, Single]:
     """NaN goes through; "not measured" gives way."""
-    norms = np.where(missing(one[0]), two[0], np.where(missing(two[0]), one[0], np.maximum(one[0], two[0])))
-    lowest = np.float32(MISSING_TOTAL)
-    columns = np.where(one[1] == lowest, two[1], np.where(two[1] == lowest, one[1], np.maximum(one[1], two[1])))
-    return norms, columns
+    norms = either(one[0], two[0], np.maximum(one[0], two[0]))
+    return norms, either(one[1], two[1], np.maximum(one[1], two[1]), MISSING_TOTAL)
 
 
 def _trimmed(histogram: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_gradhealth.view.data import SEVERITIES, Matrix, RunView, Steps
 from lightning_gradhealth.view.pooling import FAR, Rows, coded, edges, fitted, limits, pool
-from lightning_gradhealth.view.quantities import COLUMNS, MISSING, Quantity, missing
+from lightning_gradhealth.view.quantities import COLUMNS, MISSING, MISSING_TOTAL, Quantity, missing
 from lightning_gradhealth.view.rows import BINS
 
 VERSION = 1
@@ -87,11 +88,8 @@ def layout(view: RunView) -> Json:
         "run": view.name,
         "schema": view.schema,
         "schemas": [dict(zip(("schema", "x0", "x1", "layers"), entry, strict=True)) for entry in view.schemas],
-        "layers": [{"name": layer.name, "kind": layer.kind, "numel": layer.numel} for layer in view.layers],
-        "metrics": [
-            {name: getattr(q, name) for name in ("name", "title", "about", "scale", "palette", "neutral")}
-            for q in view.quantities
-        ],
+        "layers": [asdict(layer) for layer in view.layers],
+        "metrics": [asdict(quantity) for quantity in view.quantities],
         "x0": view.first_step,
         "x1": view.last_step,
         "last_step": view.last_step,
@@ -229,7 +227,7 @@ def _pooled_column(
     values: NDArray[np.float32], starts: NDArray[np.intp], *, smallest: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The extreme of each point, NaN where one was; and where nothing was measured."""
-    unknown = values == np.finfo(np.float32).min
+    unknown = values == MISSING_TOTAL
     worst = np.float32(np.inf if smallest else -np.inf)
     operation = np.minimum if smallest else np.maximum
     pooled = operation.reduceat(np.where(unknown, worst, values), starts).astype(np.float64)  # NaN goes through

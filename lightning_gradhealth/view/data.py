@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lightning_gradhealth.view.pooling import limits
 from lightning_gradhealth.view.quantities import COLUMNS, MISSING_TOTAL, PALETTES, SCALES, Quantity
-from lightning_gradhealth.view.rows import BINS, LONGEST, SHOWN_LAYERS, Layer, Spans, joined
+from lightning_gradhealth.view.rows import LONGEST, SHOWN_LAYERS, Layer, Spans, joined
 
 Steps = NDArray[np.int64]
 SEVERITIES = ("info", "warning", "critical")
@@ -251,8 +251,3 @@ def rising(steps: Sequence[int] | Steps) -> NDArray[np.intp]:
         return np.zeros(0, dtype=np.intp)
     later = np.append(np.minimum.accumulate(array[::-1])[::-1][1:], np.iinfo(np.int64).max)
     return np.flatnonzero(array < later)
-
-
-def empty_histograms(layers: int) -> Histograms:
-    """None yet."""
-    return Histograms(np.zeros(0, dtype=np.int64), np.zeros((0, layers, BINS), dtype=np.uint8))

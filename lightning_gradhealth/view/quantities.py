@@ -89,6 +89,23 @@ def missing(coded: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(coded == MISSING)
 
 
+def either(one: NDArray[Any], two: NDArray[Any], both: NDArray[Any], unknown: Any = MISSING) -> NDArray[Any]:
+    """What two points are as one: where one of them was not measured the other, else `both`.
+
+    Args:
+        one: A point.
+        two: Another, of the same shape.
+        both: What they make where both were measured.
+        unknown: What stands for "not measured".
+
+    Example:
+        >>> one, two = np.array([1.0, MISSING], np.float16), np.array([3.0, 2.0], np.float16)
+        >>> either(one, two, np.maximum(one, two)).tolist()
+        [3.0, 2.0]
+    """
+    return np.where(one == unknown, two, np.where(two == unknown, one, both))
+
+
 _LAYER: tuple[Quantity, ...] = (
     Quantity(
         "norm_ratio",

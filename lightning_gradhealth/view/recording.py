@@ -19,7 +19,7 @@ from lightning_gradhealth.view.quantities import (
     QUANTITIES,
     Half,
     Single,
-    missing,
+    either,
 )
 from lightning_gradhealth.view.rows import BINS, Layer, Row, Spans, few, joined, schema_of, told
 
@@ -187,8 +187,7 @@ def _merged(old: dict[str, Half], new: dict[str, Half]) -> dict[str, Half]:
         if QUANTITIES[name].palette == "diverging":
             result[name] = _farther(one, two)
         else:
-            result[name] = np.maximum(one, two)  # NaN goes through, "not measured" is least but for log2 of 0
-            result[name] = np.where(missing(one), two, np.where(missing(two), one, result[name]))
+            result[name] = either(one, two, np.maximum(one, two))  # NaN goes through
     return result
 
 
@@ -198,7 +197,7 @@ def _farther(one: Half, two: Half) -> Half:
         extreme = np.where(np.abs(wide_one) > np.abs(wide_two), wide_one, wide_two)
         both = np.where(np.abs(extreme) > _FAR, extreme, (wide_one + wide_two) / 2)
     both = np.where(np.isnan(wide_one) | np.isnan(wide_two), np.nan, both)
-    return np.where(missing(one), two, np.where(missing(two), one, both.astype(np.float16)))
+    return either(one, two, both.astype(np.float16))
 
 
 def _merged_totals(old: Single, new: Single) -> Single:

@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
+from tab import server
 
 from browser.chromium import CHROMIUM, FLAGS, sync_api
-from browser.test_tab import tab_of, tensorboard
+from browser.test_tab import tab_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 VIEW = "run%3Dtorch-default%26metric%3Dbackward_rms"
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.logdir is None:
             quickstart = runpy.run_path(str(EXAMPLES / "quickstart.py"))
             quickstart["main"](["--no-progress", "--logdir", str(logs)])
-        with tensorboard(logs) as address, sync_api.sync_playwright() as playwright:
+        with server(logs, Path(folder)) as address, sync_api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             for scheme in ("light", "dark"):
                 page = browser.new_page(viewport=SIZE, color_scheme=scheme)

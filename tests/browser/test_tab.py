@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import re
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +11,7 @@ import pytest
 import torch
 from conftest import Classifier
 from lightning.pytorch.loggers import TensorBoardLogger
+from tab import server as tensorboard
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
@@ -35,8 +30,7 @@ from browser.chromium import (
     zoom_of,
 )
 
-INSTALLED = importlib.metadata.entry_points(group="tensorboard_plugins", name="gradhealth")
-pytestmark = [*NEEDS_IT, pytest.mark.skipif(not INSTALLED, reason="TensorBoard finds the tab where it is installed")]
+pytestmark = NEEDS_IT
 TAB = "plugin_entry.html?name=gradhealth"
 
 
@@ -73,26 +67,9 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def tensorboard(logs: Path, *flags: str) -> Iterator[str]:
-    """A TensorBoard of its own process; its address."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", "127.0.0.1", "--port", "0"]
-    with subprocess.Popen([*command, "--reload_interval", "1", *flags], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        found = next(filter(None, (re.search(r"http://127\S+", line) for line in process.stderr)))
-        rest = threading.Thread(target=process.stderr.read, daemon=True)  # or its pipe would fill
-        rest.start()
-        try:
-            yield found[0]
-        finally:
-            process.terminate()
-            process.wait(10)
-            rest.join(10)
-
-
 @pytest.fixture(scope="module")
-def server(logs: Path) -> Iterator[str]:
-    with tensorboard(logs) as address:
+def server(logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with tensorboard(logs, tmp_path_factory.mktemp("entry")) as address:
         yield address
 
 
@@ -185,8 +162,8 @@ def test_tensorboards_dark_mode_is_followed(tab: Callable[..., Any]) -> None:
     assert min(pixel(inside, 20, 3)) > 150
 
 
-def test_the_python_loader_shows_the_same(logs: Path, new_page: Callable[..., Any]) -> None:
-    with tensorboard(logs, "--load_fast", "false") as address:
+def test_the_python_loader_shows_the_same(logs: Path, tmp_path: Path, new_page: Callable[..., Any]) -> None:
+    with tensorboard(logs, tmp_path, "--load_fast", "false") as address:
         page = new_page()
         for _ in range(20):  # it reads more slowly than a page opens
             page.goto(f"{address}#gradhealth&health=run%3Dnan%26metric%3Dgrad_norm")
@@ -201,7 +178,7 @@ def test_the_python_loader_shows_the_same(logs: Path, new_page: Callable[..., An
 def test_an_empty_folder_says_how_to_get_data_and_a_growing_run_is_seen_with_the_zoom_kept(
     tmp_path: Path, new_page: Callable[..., Any]
 ) -> None:
-    writer = SummaryWriter(tmp_path / "live")
+    writer = SummaryWriter(tmp_path / "logs" / "live")
     net = residual(2)
     session = gh.HealthSession(net, probe_every_n_steps=1, loggers=writer)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -216,7 +193,7 @@ def test_an_empty_folder_says_how_to_get_data_and_a_growing_run_is_seen_with_the
             session.flush()
         writer.flush()
 
-    with tensorboard(tmp_path) as address:
+    with tensorboard(tmp_path / "logs", tmp_path) as address:
         page = new_page()
         page.goto(f"{address}#gradhealth")
         inside = tab_of(page, ".empty")
