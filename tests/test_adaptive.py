@@ -420,7 +420,6 @@ def test_a_resumed_gate_goes_on_comparing_directions_where_it_was(void: int) -> 
         unbroken = WhenExploding()
         assert seen == [_taken(unbroken, gradient) for gradient in gradients]
         assert any(outbreak for outbreak, _ in seen)
-        assert resumed.state_dict()["steps"] == unbroken.state_dict()["steps"]
 
 
 def _taken(gate: WhenExploding, gradient: Tensor) -> tuple[bool, list[float]]:

@@ -163,14 +163,10 @@ class WhenExploding(Clipper):
         if not self.dry_run:
             self._act(gradients, cut)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what it remembers, and how many steps it has compared the directions of."""
-        return {**super().state_dict(), "steps": self._steps}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned; see there."""
+        """Take up what `state_dict` returned, and go on comparing directions from the step reached there."""
         super().load_state_dict(state)
-        self._steps = int(state.get("steps", 0)) if self.state else 0
+        self._steps = int(self.state["count"].max()) if "count" in self.state else 0
 
     def asking(self) -> list[Clipper]:
         """Itself in the first steps, whose directions it compares: later there is a history to judge by."""
