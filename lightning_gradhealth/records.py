@@ -575,7 +575,7 @@ class HealthReport(Record):
         return f"HealthReport({printable(self.verdict)}; {len(self.layers)} layers, {self.steps} steps)"
 
     def __rich__(self) -> RenderableType:
-        from lightning_gradhealth.report import render_health
+        from lightning_gradhealth.reports.health import render_health
 
         return render_health(self)
 
@@ -608,7 +608,7 @@ class HealthReport(Record):
             ...     HealthReport().save(Path(folder) / "health.json").name
             'health.json'
         """
-        from lightning_gradhealth.report import save_health
+        from lightning_gradhealth.reports.health import save_health
 
         return save_health(self, Path(check_path("path", path, _SAVED)))
 
@@ -678,12 +678,13 @@ class FlowReport(Record):
         return f"FlowReport({self.verdict}; {len(self.layers)} layers, {gains})"
 
     def __str__(self) -> str:
-        from lightning_gradhealth.report import plain, render_flow
+        from lightning_gradhealth.reports.flow import render_flow
+        from lightning_gradhealth.reports.rendering import plain
 
         return plain(render_flow(self), width=160)
 
     def __rich__(self) -> RenderableType:
-        from lightning_gradhealth.report import render_flow
+        from lightning_gradhealth.reports.flow import render_flow
 
         return render_flow(self)
 
@@ -706,7 +707,7 @@ class FlowReport(Record):
             ...     FlowReport().save(Path(folder) / "flow.json").name
             'flow.json'
         """
-        from lightning_gradhealth.report import save_flow
+        from lightning_gradhealth.reports.flow import save_flow
 
         return save_flow(self, Path(check_path("path", path, _SAVED)))
 
@@ -825,6 +826,6 @@ class InitReport(Record):
         return f"InitReport({len(self.entries)} entries, {kept} kept, {len(self.uncovered)} uncovered)"
 
     def __rich__(self) -> RenderableType:
-        from lightning_gradhealth.report import render_init
+        from lightning_gradhealth.reports.initialization import render_init
 
         return render_init(self)

@@ -30,7 +30,7 @@ def imported_by(statement: str) -> set[str]:
         "import lightning_gradhealth.records",
         "import lightning_gradhealth.history",
         "import lightning_gradhealth.rules",
-        "import lightning_gradhealth.report",
+        "from lightning_gradhealth.reports import flow, health, initialization",
         "from lightning_gradhealth import HealthReport; HealthReport().to_json()",
     ],
 )

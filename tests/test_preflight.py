@@ -28,7 +28,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_gradhealth as gh
 from lightning_gradhealth import ChainPoint, FlowReport, GradHealth, LayerStats, SignalChain, diagnose
-from lightning_gradhealth.report import flow_markdown, plain, render_flow
+from lightning_gradhealth.reports.flow import flow_markdown, render_flow
+from lightning_gradhealth.reports.rendering import plain
 
 DEPTH = {"vanishing_gradients", "exploding_gradients", "vanishing_activations", "exploding_activations"}
 

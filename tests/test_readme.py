@@ -15,7 +15,7 @@ from torch import nn
 import lightning_gradhealth as gh
 from lightning_gradhealth.init import handlers
 from lightning_gradhealth.loggers.panels import layout
-from lightning_gradhealth.report import plain
+from lightning_gradhealth.reports.rendering import plain
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

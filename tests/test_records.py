@@ -24,7 +24,9 @@ from lightning_gradhealth import (
 )
 from lightning_gradhealth.history import History, sparkline
 from lightning_gradhealth.ratios import fitted_gain, median, norm_ratios
-from lightning_gradhealth.report import markdown, plain, render_health, render_init
+from lightning_gradhealth.reports.health import markdown, render_health
+from lightning_gradhealth.reports.initialization import render_init
+from lightning_gradhealth.reports.rendering import plain
 
 numbers = st.none() | st.floats()
 layers = st.builds(

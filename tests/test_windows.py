@@ -26,7 +26,7 @@ from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.loggers.scalars import scalars
 from lightning_gradhealth.merging import KEPT, latest, merged
 from lightning_gradhealth.records import StepStats
-from lightning_gradhealth.report import layer_state
+from lightning_gradhealth.reports.health import layer_state
 from lightning_gradhealth.rules import Thresholds, default_rules
 
 

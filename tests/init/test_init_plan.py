@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations
 
 from lightning_gradhealth.init import init_weights, plan_init
 from lightning_gradhealth.records import DepthPoint, InitEntry, InitReport
-from lightning_gradhealth.report import plain, render_init
+from lightning_gradhealth.reports.initialization import render_init
+from lightning_gradhealth.reports.rendering import plain
 
 
 def net():

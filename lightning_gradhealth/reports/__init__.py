@@ -1,0 +1,1 @@
+"""Reports to read: one file a report, and what they share in `rendering`."""
