@@ -287,6 +287,39 @@ def test_steps_that_need_no_clipping_are_left_bit_for_bit(make: Callable[[], Cli
     assert all(s.clipped is False and s.clip_coefficient in (None, 1.0) for s in monitor.flush().window)
 
 
+SHARING: dict[str, Callable[[], Tensor]] = {
+    "one number": lambda: torch.tensor(1e6).expand(3),
+    "one row": lambda: torch.tensor([1e6, -2e6, 3.0]).expand(2, 3),
+    "windows": lambda: torch.linspace(-1e6, 2e6, 5).unfold(0, 3, 1),
+}
+
+
+@every
+@pytest.mark.parametrize("shared", SHARING.values(), ids=SHARING)
+def test_elements_that_share_memory_are_clipped_like_others(make: Callable[[], Clipper], shared: Any) -> None:
+    found = []
+    for gradient in (shared(), shared().contiguous()):
+        layer = nn.ParameterDict({"weight": nn.Parameter(torch.ones(gradient.shape))})
+        clipper = warm(make(), made=parameters(torch.ones(gradient.shape)))
+        layer["weight"].grad = gradient
+        monitor = GradientMonitor(layer, clip=clipper)
+        decision = monitor.observe(torch.optim.SGD(layer.parameters(), 0.1))
+        monitor.apply(decision)
+        assert decision.cut is not None
+        found.append((layer["weight"].grad, decision.cut.coefficient))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("made", [lambda: torch.ones(2, 6)[:, ::2], lambda: torch.ones(1).expand(1, 1)])
+def test_elements_with_memory_of_their_own_stay_where_they_are(made: Callable[[], Tensor]) -> None:
+    gradient = made()
+    weight = nn.Parameter(torch.ones(gradient.shape))
+    weight.grad = gradient
+    clip(NormClip(0.1), [weight])
+    assert weight.grad is gradient
+    assert total([weight]) == pytest.approx(0.1)
+
+
 @every
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_step_with_nan_or_inf_is_left_as_it_is(make: Callable[[], Clipper], bad: float) -> None:

@@ -58,7 +58,7 @@ class Gradients:
     def of(cls, *parameters: nn.Parameter) -> Gradients:
         """The gradients of parameters that belong to no model (for tests and examples); each has one.
 
-        What is not summed up yet (sparse gradients whose rows repeat) is, in `grad`: it can be clipped in place then.
+        What cannot be clipped in place becomes a tensor that can, in `grad`, see `summed_up`.
 
         Raises:
             TypeError: One of them is no tensor.
@@ -97,7 +97,9 @@ class Gradients:
 
 
 def summed_up(parameter: nn.Parameter) -> Tensor | None:
-    """A parameter's gradient in a form that can be clipped in place: where it was summands or repeated rows, their sum.
+    """A parameter's gradient in a form that can be clipped in place, put into `grad` where it was in another.
+
+    Of summands and repeated rows it is the sum; of elements that share memory, as in `torch.ones(1).expand(3)`, a copy.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
@@ -111,9 +113,21 @@ def summed_up(parameter: nn.Parameter) -> Tensor | None:
     whole = reduced(gradient)
     if whole.layout is torch.sparse_coo and not whole.is_coalesced():
         whole = whole.coalesce()
+    if whole.layout is torch.strided and not whole.is_contiguous() and _overlaps(whole):
+        whole = whole.clone(memory_format=torch.contiguous_format)
     if whole is not gradient:
         parameter.grad = whole
     return whole
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements may share memory: a step along one axis does not lead beyond all that the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _memory(tensor: Tensor) -> Tensor:
