@@ -73,7 +73,9 @@ class GradHealth(Callback):
             that were given to `self.log`).
         report_dir: Where `report.html` (the run's pictures and findings in one file) and `report.json` go at the end of
             the fit, also of one that fails or is interrupted: "auto" (the run's own log folder; nowhere without a
-            logger that has one), a folder, or None (nowhere). Not under `fast_dev_run`; on rank zero only.
+            logger that has one), a folder, or None (nowhere). Not under `fast_dev_run`; on rank zero only. Where it
+            is not None, loggers that show a report get it, too, every ten minutes and at the end: W&B the page, MLflow
+            both files.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -200,6 +202,7 @@ class GradHealth(Callback):
             temporal=self.temporal,
             watch_calls=False,  # whole batches are watched and remembered here
         )
+        session.alert = lambda finding: self._sink.alert(trainer.loggers, finding)
         self.guard = session.guard
         for optimizer in trainer.optimizers:
             session.monitor.index_of(optimizer)
@@ -340,6 +343,8 @@ class GradHealth(Callback):
             folder = _lightning.report_folder(trainer, self.report_dir)
             if folder is not None:
                 pages.keep(self.report(), folder, self._stem, _lightning.announcer(trainer))
+            if self.report_dir is not None and trainer.is_global_zero:
+                self._sink.report(trainer.loggers, self.report)
         except Exception as error:
             say(f"gradhealth: no report was written ({reason_of(error)})")
 
@@ -374,6 +379,8 @@ class GradHealth(Callback):
         logs = trainer.loggers and _lightning.log_cadence(trainer) is not None
         if self._session is not None and logs and not self.guard.aside:
             self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_conditions)
+            if self.report_dir is not None and trainer.is_global_zero:
+                self._sink.keep_up(trainer.loggers, self.report)
 
     def _accompany(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Having stepped aside, take part in what the other ranks would wait for."""

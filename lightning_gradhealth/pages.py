@@ -66,6 +66,20 @@ def health_frame(report: HealthReport) -> str:
     return frame(health_page(report))
 
 
+def page_of(report: HealthReport, tell: Callable[[str], None] | None = None) -> str:
+    """The page of a run's report, titled by its verdict; empty, which is told, where it would be too large to send.
+
+    Example:
+        >>> page_of(HealthReport()).count("Training health: nothing was watched")
+        1
+    """
+    page = health_page(report, f"Training health: {report.verdict}")
+    if len(page.encode()) <= LARGEST:
+        return page
+    say(f"gradhealth: no page of the report: it would have more than {LARGEST:,} bytes", through=tell)
+    return ""
+
+
 def keep(report: HealthReport, folder: Path, stem: str = "report", tell: Callable[[str], None] | None = None) -> None:
     """Write a report as HTML and JSON, each at once or not at all; a failure is told, and goes no further.
 
@@ -85,9 +99,8 @@ def keep(report: HealthReport, folder: Path, stem: str = "report", tell: Callabl
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(path.with_suffix(".json"), report.to_json(indent=1) + "\n")
-        page = health_page(report, f"Training health: {report.verdict}")
-        if len(page.encode()) > LARGEST:
-            say(f"gradhealth: no {path.name}: it would have more than {LARGEST:,} bytes", through=tell)
+        page = page_of(report, tell)
+        if not page:
             return
         _write(path, page)
     except Exception as error:

@@ -508,6 +508,11 @@ class Finding(Record):
         return printable(text)
 
     @property
+    def id(self) -> str:
+        """What it is called from run to run: its condition, of which a report has one finding."""
+        return str(self.condition)
+
+    @property
     def where(self) -> str:
         """The layers in a few words, fit for a terminal: control characters are escaped, long names cut."""
         if not self.layers:
@@ -570,6 +575,12 @@ class HealthReport(Record):
         if self.healthy:
             return "healthy"
         return found or ("not watched to the end" if self.steps else "nothing was watched")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `Record.to_dict`, and for machines `healthy`, `verdict` and each finding's `id`, which is stable."""
+        data = super().to_dict()
+        findings = [{"id": finding.id, **kept} for finding, kept in zip(self.findings, data["findings"], strict=True)]
+        return {"healthy": self.healthy, "verdict": self.verdict, **data, "findings": findings}
 
     def __repr__(self) -> str:
         return f"HealthReport({printable(self.verdict)}; {len(self.layers)} layers, {self.steps} steps)"

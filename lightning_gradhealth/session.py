@@ -7,6 +7,7 @@ import copy
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ class HealthSession:
             steps if `on_non_finite` may have to run them again; False for loops that call `open_probe` and
             `response.remember` themselves.
         loggers: What `flush` and `conclude` write to, on rank zero: a `torch.utils.tensorboard.SummaryWriter` (which
-            also gets what TensorBoard's Grad Health tab shows), a logger of Lightning or Fabric, or several.
+            also gets what TensorBoard's Grad Health tab shows), a logger of Lightning or Fabric, a run of W&B or
+            Trackio, or several. W&B and Trackio are alerted, W&B and MLflow get the report when the session closes.
         log_layers: How many layers' own scalars they get: "auto" (the worst ten; none where the tab shows all of them),
             True, False, a number.
 
@@ -155,6 +157,7 @@ class HealthSession:
         self.guard.close = self.close
         self._loggers = check_loggers(loggers)
         self._sink = LoggerSink(log_layers)
+        self.alert: Callable[[Finding], bool] = partial(self._sink.alert, self._loggers)
         self._recording: Recording | None = Recording()
         self._saver = Saver()
         self._latest = self.judgement  # or its copy that has seen a window that is not over yet
@@ -403,6 +406,7 @@ class HealthSession:
             say(f"gradhealth: the report will have no pictures ({reason_of(error)}); training goes on")
         if self._loggers and _is_rank_zero():
             self._sink.write(self._loggers, record, findings, active)
+            self._sink.keep_up(self._loggers, self.report)
 
     def _take_in(self) -> None:
         """Read and judge what waits on the device, and keep one record of it for the next flush."""
@@ -475,7 +479,8 @@ class HealthSession:
         for finding in findings:
             if (finding.condition, finding.severity) not in self._told:
                 self._told.add((finding.condition, finding.severity))
-                say(f"gradhealth: {finding}", through=self._announce)
+                if not (_is_rank_zero() and self.alert(finding)):
+                    say(f"gradhealth: {finding}", through=self._announce)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -574,7 +579,9 @@ class HealthSession:
         return []
 
     def close(self) -> None:
-        """Remove every hook; calling it twice does no harm, and the report stays."""
+        """Remove every hook, and give the report to loggers that show one; calling it twice does no harm."""
+        if self._loggers and _is_rank_zero():
+            self._sink.report(self._loggers, self.report)
         if self._recorder is not None:
             self._recorder.close()
         self.monitor.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from lightning_gradhealth.loggers.events import EventsWriter, why_not
+from lightning_gradhealth.loggers.hosts import Host, host_of
 from lightning_gradhealth.loggers.panels import findings_text, is_stand_in, layout, show
 from lightning_gradhealth.loggers.scalars import (
     PREFIX,
@@ -16,12 +18,15 @@ from lightning_gradhealth.loggers.scalars import (
     worst_layers,
 )
 from lightning_gradhealth.messages import printable, reason_of, say
-from lightning_gradhealth.records import Finding, Severity, StepRecord
+from lightning_gradhealth.pages import page_of
+from lightning_gradhealth.records import Finding, HealthReport, Severity, StepRecord
 from lightning_gradhealth.validation import wrong
+
+REPORT_EVERY = 600.0  # seconds between two reports for a service, each of which is a new file there
 
 
 class LoggerSink:
-    """Writes records to loggers and to plain SummaryWriters; one that fails is left alone from then on.
+    """Writes records, alerts and reports to loggers; one that fails is left alone from then on.
 
     Args:
         log_layers: How many layers' own scalars to write: "auto" the worst ten, chosen at the first record and
@@ -49,6 +54,8 @@ class LoggerSink:
         self._without_layers: set[int] = set()
         self._told: dict[int, set[tuple[str, str]]] = {}
         self._events: dict[int, EventsWriter | None] = {}
+        self._hosts: dict[int, Host | None] = {}
+        self._reported_at = time.monotonic()
 
     def take_up(self, layers: Any) -> None:
         """Go on with the layers that a checkpoint names.
@@ -66,7 +73,7 @@ class LoggerSink:
         """Write one record: by a single `log_metrics` call a logger, and a single event for the Grad Health tab.
 
         Args:
-            loggers: Loggers of Lightning's kind, or SummaryWriters.
+            loggers: As `check_loggers` takes them.
             record: What to write.
             findings: All findings so far; TensorBoard shows them as text when there are new ones.
             active: The conditions that hold now.
@@ -89,6 +96,59 @@ class LoggerSink:
                     f"gradhealth: {printable(type(logger).__name__)} could not write ({reason_of(error)}); it gets"
                     " nothing more from GradHealth, training goes on"
                 )
+
+    # --- services that show more than numbers
+
+    def alert(self, loggers: Iterable[Any], finding: Finding) -> bool:
+        """Tell a finding above info to services that have alerts; whether one has printed it."""
+        if finding.severity is Severity.INFO:
+            return False
+        return any(host.prints for host in self._each(loggers, lambda host: host.alert(finding)))
+
+    def report(self, loggers: Iterable[Any], report: Callable[[], HealthReport]) -> None:
+        """Give the report to services that show one; what fails is told, and no more."""
+        self._reported_at = time.monotonic()
+        takers = [logger for logger in loggers if (host := self._host(logger)) is not None and host.shows_reports]
+        if not takers:
+            return
+        try:
+            latest = report()
+            page = page_of(latest)
+        except Exception as error:
+            say(f"gradhealth: no report for the loggers ({reason_of(error)}); training goes on")
+            return
+        self._each(takers, lambda host: host.report(latest, page))
+
+    def keep_up(self, loggers: Sequence[Any], report: Callable[[], HealthReport]) -> None:
+        """Give the report of a run that goes on to services that show one, every ten minutes."""
+        if time.monotonic() - self._reported_at >= REPORT_EVERY:
+            self.report(loggers, report)
+
+    def _each(self, loggers: Iterable[Any], show: Callable[[Host], None]) -> list[Host]:
+        """Let every host show something; those that did. One that fails is told once, and shows nothing more."""
+        shown = []
+        for logger in loggers:
+            host = self._host(logger)
+            if host is None:
+                continue
+            try:
+                show(host)
+                shown.append(host)
+            except Exception as error:
+                self._hosts[id(logger)] = None
+                name = printable(type(host).__name__)
+                say(f"gradhealth: {name} shows neither alerts nor reports ({reason_of(error)}); numbers go on")
+        return shown
+
+    def _host(self, logger: Any) -> Host | None:
+        if id(logger) in self._failed:
+            return None
+        if id(logger) not in self._hosts:
+            try:
+                self._hosts[id(logger)] = host_of(logger)
+            except Exception:  # its experiment cannot be had, which `write` tells
+                self._hosts[id(logger)] = None
+        return self._hosts[id(logger)]
 
     # --- scalars
 
@@ -161,7 +221,7 @@ def check_loggers(loggers: Any) -> list[Any]:
     """Return loggers as a list.
 
     Args:
-        loggers: One or several: loggers of Lightning or Fabric, or SummaryWriters.
+        loggers: One or several: loggers of Lightning or Fabric, SummaryWriters, runs of W&B or Trackio.
 
     Raises:
         TypeError: One is neither.
@@ -170,12 +230,14 @@ def check_loggers(loggers: Any) -> list[Any]:
         >>> check_loggers("runs")
         Traceback (most recent call last):
         ...
-        TypeError: loggers must be a SummaryWriter or a logger of Lightning, or several, got 'runs'; e.g. ...
+        TypeError: loggers must be a SummaryWriter, a logger of Lightning or a run of W&B or Trackio, or several, ...
     """
     several = list(loggers) if isinstance(loggers, (list, tuple)) else [loggers]
     for logger in several:
-        if isinstance(logger, type) or not (callable(getattr(logger, "log_metrics", None)) or _is_writer(logger)):
-            must = "a SummaryWriter or a logger of Lightning, or several"
+        if isinstance(logger, type) or not (
+            callable(getattr(logger, "log_metrics", None)) or _is_writer(logger) or _is_run(logger)
+        ):
+            must = "a SummaryWriter, a logger of Lightning or a run of W&B or Trackio, or several"
             remedy = 'e.g. loggers=torch.utils.tensorboard.SummaryWriter("runs/first")'
             raise TypeError(wrong("loggers", must, logger, remedy))
     return several
@@ -193,9 +255,16 @@ def _is_writer(logger: Any) -> bool:
     return not hasattr(logger, "log_metrics") and all(hasattr(logger, name) for name in ("add_scalar", "add_text"))
 
 
+def _is_run(logger: Any) -> bool:
+    """Whether it is a run of a service itself, as `wandb.init()` returns it."""
+    return not hasattr(logger, "log_metrics") and callable(getattr(logger, "log", None)) and host_of(logger) is not None
+
+
 def _log(logger: Any, values: dict[str, float], step: int) -> None:
-    if not _is_writer(logger):
+    if hasattr(logger, "log_metrics"):
         logger.log_metrics(values, step=step)
-        return
-    for name, value in values.items():
-        logger.add_scalar(name, value, step)
+    elif _is_writer(logger):
+        for name, value in values.items():
+            logger.add_scalar(name, value, step)
+    elif (host := host_of(logger)) is not None:
+        host.log(values, step)
