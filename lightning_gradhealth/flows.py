@@ -35,6 +35,26 @@ class ChainPoint(Record):
 
 
 @dataclass(frozen=True)
+class Matrix(Record):
+    """A matrix that a module applies by hand, as one of an `nn.ParameterList`.
+
+    Attributes:
+        name: The parameter.
+        rms: Root mean square of its elements.
+        backward_gain: What is left before it of the smallest gradient behind it, by root mean square; None: not all of
+            the signal goes through it, or no gradient has come.
+
+    Example:
+        >>> Matrix("weights.3", 0.2, 0.9).backward_gain
+        0.9
+    """
+
+    name: str
+    rms: float
+    backward_gain: float | None = None
+
+
+@dataclass(frozen=True)
 class SignalChain(Record):
     """The main chain of one forward pass: the points that all of the signal goes through, from the input on.
 

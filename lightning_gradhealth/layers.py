@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_gradhealth.makeup import kind_of
+from lightning_gradhealth.makeup import applied_by_hand, kind_of
 from lightning_gradhealth.messages import say
 from lightning_gradhealth.naming import class_of, name_of
 from lightning_gradhealth.sharding import is_flat
@@ -188,6 +188,7 @@ class Layout:
         slot_of: Slot of each parameter, by its identity.
         sizes: Number of elements of each slot, over all ranks.
         flat: Slots that are flat shards of FSDP1, of which a rank may hold nothing.
+        by_hand: Slots of matrices that modules apply by hand, see `applied_by_hand`.
         kinds: The kinds of all modules, each once, see `kind_of`.
 
     Example:
@@ -205,6 +206,7 @@ class Layout:
         self.slot_of: dict[int, int] = {}
         self.sizes: list[int] = []
         self.flat: set[int] = set()
+        self.by_hand: set[int] = set()
         self._number: dict[str, int] = {}
         self._used: list[str] = []
         self._layers: list[tuple[str, str]] = []
@@ -221,11 +223,14 @@ class Layout:
         for path, module in modules.items():
             owner = _PARAMETRIZED.sub("", self._clean(f"{path}.")).rstrip(".")
             whose = modules.get(_PARAMETRIZED.sub("", path), module)
+            by_hand = applied_by_hand(module)
             for key, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in self.slot_of:
                     name = self._clean(f"{path}.{key}" if path else key)
                     layer = _group_of(name, owner, root, self.layers)
                     table = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and key == "weight"
+                    if key in by_hand:
+                        self.by_hand.add(len(self.slots))
                     self._add(name, parameter, layer, owner, whose, embedding=table and parameter.ndim == 2)
         for pattern in self._unmatched():
             say(f"gradhealth: layers: {pattern!r} matches no parameter name; its layers are grouped by module")

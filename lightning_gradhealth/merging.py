@@ -15,7 +15,7 @@ _STEP = (
     *("numel", "grad_norm", "grad_norm_max", "norm_ratio", "non_finite", "bias_grad_rms", "learning_rate"),
     *("without_grad", "no_gradient_since", "steps_without_grad", "optimizer"),
 )
-_WEIGHTS = ("weight_norm", "matrix_rms", "grad_to_weight", "update_to_weight", "applied_norm")
+_WEIGHTS = ("weight_norm", "matrix_rms", "matrices", "grad_to_weight", "update_to_weight", "applied_norm")
 _SIGNALS = ("forward_rms", "forward_mean", "backward_rms", "forward_gain", "backward_gain", "forward_histogram")
 _UNITS = ("activation", "units", "full_fraction", "dead_fraction", "saturated_fraction")
 
@@ -35,7 +35,7 @@ def latest(new: LayerStats, old: LayerStats | None) -> LayerStats:
     if new.optimizer is None:
         kept += _STEP
     if new.weight_norm is None:
-        kept += [name for name in _WEIGHTS if getattr(new, name) is None]
+        kept += [name for name in _WEIGHTS if getattr(new, name) in (None, ())]
     if new.forward_rms is None:
         kept += _SIGNALS
     return new.changed(**{name: getattr(old, name) for name in kept})

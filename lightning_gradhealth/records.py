@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_gradhealth.flows import SignalChain, TemporalFlow
+from lightning_gradhealth.flows import Matrix, SignalChain, TemporalFlow
 from lightning_gradhealth.messages import printable
 from lightning_gradhealth.ratios import fitted_gain, median
 from lightning_gradhealth.serial import Record
@@ -113,6 +113,7 @@ class LayerStats(Record):
         bias_grad_rms: RMS gradient of its biases: stands in for the backward signal at its output.
         weight_norm: L2 norm of its parameters (probed steps).
         matrix_rms: Root mean square of those with two dimensions or more, its weights without biases (probed steps).
+        matrices: Those of them that the layer applies by hand, where it has several (probed steps).
         grad_to_weight: `|g| / |w|` (probed steps).
         update_to_weight: `|dw| / |w|` of one optimizer step (probed steps, from a fixed sample).
         learning_rate: The largest rate of its parameter groups.
@@ -155,6 +156,7 @@ class LayerStats(Record):
     bias_grad_rms: float | None = None
     weight_norm: float | None = None
     matrix_rms: float | None = None
+    matrices: tuple[Matrix, ...] = ()
     grad_to_weight: float | None = None
     update_to_weight: float | None = None
     learning_rate: float | None = None

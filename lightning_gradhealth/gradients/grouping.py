@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gradhealth.flows import Matrix
 from lightning_gradhealth.gradients.flags import FLAGS
 from lightning_gradhealth.gradients.rows import Floats, HostRow
 from lightning_gradhealth.layers import Layout
@@ -239,6 +240,11 @@ def _layers(layout: Layout, table: _Table, missing: Missing) -> tuple[LayerStats
             bias_grad_rms=float(bias_rms[layer]) if bias_numel[layer] else None,
             weight_norm=weight if table.probed[slots].any() else None,
             matrix_rms=float(matrix_rms[layer]) if matrix_numel[layer] else None,
+            matrices=tuple(
+                Matrix(layout.slots[slot].name, math.sqrt(table.squares[0, slot] / table.numel[slot]))
+                for slot in slots
+                if slot in layout.by_hand and matrices[slot] and table.numel[slot]
+            ),
             grad_to_weight=float(gradients[layer]) / weight if weight else None,
             update_to_weight=update / sample if sample and not math.isnan(update) else None,
             learning_rate=_largest(table.rate[slots]),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_gradhealth.flows import SignalChain
+from lightning_gradhealth.flows import Matrix, SignalChain
 from lightning_gradhealth.judgement import Judgement
 from lightning_gradhealth.layers import Layout
 from lightning_gradhealth.messages import reason_of
@@ -165,6 +165,11 @@ class Account:
                 numel=sum(slot.parameter.numel() for slot in slots),
                 grad_norm=math.hypot(*norms) if norms else None,
                 matrix_rms=math.hypot(*(sizes[id(p)] for p in matrices)) / math.sqrt(numel) if numel else None,
+                matrices=tuple(
+                    Matrix(slot.name, sizes[id(slot.parameter)] / math.sqrt(slot.parameter.numel()))
+                    for member, slot in zip(self.layout.members[index], slots, strict=True)
+                    if member in self.layout.by_hand and slot.parameter.numel()
+                ),
                 frozen=frozen,
                 without_grad=tuple(slot.name for slot in silent),
                 optimizer=None if frozen else 0,

@@ -20,14 +20,14 @@ from lightning_gradhealth.layers import is_compiled, unwrap
 from lightning_gradhealth.messages import reason_of
 from lightning_gradhealth.signals.ending import Ending
 from lightning_gradhealth.signals.hooks import Beside, Hook, callable_roots, detached, first_floating, plain, written_to
-from lightning_gradhealth.signals.kinds import kind_of_node
-from lightning_gradhealth.signals.modules import watched_modules
+from lightning_gradhealth.signals.modules import matrices_by_hand, watched_modules
+from lightning_gradhealth.signals.paths import Applied
 from lightning_gradhealth.signals.places import CALLS, NORMS, Step, Watched
 from lightning_gradhealth.signals.ranks import in_order, nothing, united
 from lightning_gradhealth.signals.reading import INPUT, Reading, Spec
 from lightning_gradhealth.signals.recurrent import flow_norms, outer_flow
 from lightning_gradhealth.signals.sums import norm_of
-from lightning_gradhealth.signals.survey import Survey
+from lightning_gradhealth.signals.survey import Survey, is_seen
 from lightning_gradhealth.trees import tensors
 
 PASSES = 16  # forward passes of a step that are measured: the graph of each is kept until the step ...
@@ -92,6 +92,7 @@ class SignalProbe:
         self._stance: Any = None
         self._modules: dict[nn.Module, Watched] = {}
         self._seen: list[tuple[nn.Module, bool]] = []
+        self._by_hand: dict[int, Applied] = {}
         self._survey = Survey()
         self._agreed: dict[int, Spec] = {}  # by optimizer
         self._passed: set[nn.Module] = set()
@@ -154,7 +155,7 @@ class SignalProbe:
         self._look()
         if self._compiled and any(map(is_compiled, self._modules)):
             self._stance = torch.compiler.set_stance("force_eager")
-        self._thread = None
+        self._thread, self._by_hand = None, matrices_by_hand(self.model)
         enter, leave = Hook(self._enter, self._fail), Hook(self._leave, self._fail)
         for module, watched in self._modules.items():
             if not watched.leaf:
@@ -357,6 +358,7 @@ class SignalProbe:
             with torch.no_grad():
                 self._survey.look(self._step, tensors(output), is_activation=watched.kind is not None)
             self._step.outputs += tensors(output)
+            self._step.look_for_matrices(tensors(output), self._by_hand)
 
     def _read(self, module: nn.Module, name: str, given: Any) -> None:
         """Measure what a module reads, if that is the sum of two signals, or what the network is given."""
@@ -389,7 +391,7 @@ class SignalProbe:
         if isinstance(module, nn.RNN) and name not in self._step.flows and not isinstance(output[0], PackedSequence):
             self._look_back(module, name, tensor)
         latest = self._step.latest
-        if kind is not None and latest is not None and not self._is_seen(module, tensor):
+        if kind is not None and latest is not None and not is_seen(module, tensor):
             self._survey.add(self._step, kind, latest, plain(tensor))
 
     def _look_back(self, module: nn.RNN, name: str, output: Tensor) -> None:
@@ -401,12 +403,6 @@ class SignalProbe:
             return
         self.failures.pop(TEMPORAL, None)
         self._step.flows[name] = {key: norms for key, norms in flow.items() if len(norms) >= SHORTEST}
-
-    def _is_seen(self, module: nn.Module, output: Tensor) -> bool:
-        """Whether the autograd graph will show an activation's output."""
-        if output.grad_fn is None or isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            return False
-        return kind_of_node(output.grad_fn) is not None
 
     def _measure(self, name: str, owner: str, module: nn.Module, tensor: Tensor) -> None:
         calls = self._step.calls[name] = self._step.calls.get(name, 0) + 1
@@ -464,6 +460,8 @@ class SignalProbe:
         try:
             names = {node: step.numbered[point].owner for node, point in step.paths.points.items()}
             step.ending.look(step.outputs if loss is None else [loss], names)
+            if loss is not None:
+                step.look_for_matrices([loss], self._by_hand)
         except Exception as error:
             self._fail(error)
 

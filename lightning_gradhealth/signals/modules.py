@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from lightning_gradhealth.layers import clean_name, has_own_parameters, is_compiled
+from lightning_gradhealth.makeup import applied_by_hand
 from lightning_gradhealth.naming import name_of
 from lightning_gradhealth.signals.kinds import kind_of_module
+from lightning_gradhealth.signals.paths import Applied
 from lightning_gradhealth.signals.places import NORMS, Watched
 
 _PARAMETRIZATION = re.compile(r"(^|\.)parametrizations(\.|$)")  # what it gives is a weight, not a signal
@@ -40,6 +42,21 @@ def watched_modules(model: nn.Module, *, compiled: bool) -> tuple[dict[nn.Module
             measured = has_own_parameters(module) or isinstance(module, NORMS)
             found[module] = Watched(_name(model, path), measured, kind_of_module(module), not module._modules)
     return found, tuple(_name(model, path) for path in hidden)
+
+
+def matrices_by_hand(model: nn.Module) -> dict[int, Applied]:
+    """The matrices that no module of their own applies, by identity.
+
+    Example:
+        >>> model = nn.ModuleDict({"mlp": nn.ParameterList([torch.ones(2, 2), torch.ones(2, 2)])})
+        >>> [applied.name for applied in matrices_by_hand(model).values()]
+        ['mlp.0', 'mlp.1']
+    """
+    return {
+        id(parameter): Applied(clean_name(f"{path}.{key}" if path else key), _name(model, path), module)
+        for path, module in model.named_modules()
+        for key, parameter in applied_by_hand(module).items()
+    }
 
 
 def _name(model: nn.Module, path: str) -> str:

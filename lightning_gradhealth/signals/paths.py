@@ -5,10 +5,12 @@ Nothing is traced or run twice: functional activations, merges and the order of 
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_gradhealth.signals.kinds import shown_name
@@ -25,7 +27,9 @@ NEAR = 1_000  # nodes between two calls of a cell that are looked through
 _SUMS = {"Add", "Sub"}
 PRODUCTS = {"Mul"}
 MATRIX_PRODUCTS = {"Bmm", "Mm", "Baddbmm"}
+_APPLYING = {*MATRIX_PRODUCTS, "Addmm", "Mv", "Addmv", "Linear", "Convolution"}  # a matrix to a signal
 VIEWS = {"View", "UnsafeView", "ReshapeAlias", "Transpose", "Permute", "Expand", "Clone", "ToCopy", "NativeDropout"}
+_SHAPES = {*VIEWS, "T", "Unsqueeze", "Squeeze", "Alias"}
 
 
 class Paths:
@@ -72,6 +76,23 @@ class Paths:
         if hidden:
             self._hidden.add(node)
         return True
+
+    def with_more(self, points: Mapping[Node, int], ends: Iterable[Tensor]) -> Paths:
+        """The same points and some more, with all that leads to `ends`.
+
+        Args:
+            points: The numbers of the others.
+            ends: What the paths lead to.
+        """
+        whole = Paths()
+        for node, point in {**self.points, **points}.items():
+            whole.mark(node, point, size=self._sizes.get(node) or size_of(node), hidden=node in self._hidden)
+        list(whole.extend(ends))
+        return whole
+
+    def is_hidden(self, node: Node) -> bool:
+        """Whether a point is a further call of a shared module."""
+        return node in self._hidden
 
     def leaves(self, node: Node | None) -> Iterator[Node]:
         """The leaves of the graph behind a node that have not been given yet."""
@@ -254,3 +275,118 @@ class Paths:
             else:
                 found.append(consumer)
         return found
+
+
+def size_of(node: Any) -> int:
+    """The number of elements that a node has given.
+
+    Example:
+        >>> import torch
+        >>> size_of(torch.ones(2, 3, requires_grad=True).exp().grad_fn)
+        6
+    """
+    return math.prod(node._input_metadata[0].shape)
+
+
+class Applied(NamedTuple):
+    """A matrix that a module applies by hand.
+
+    Attributes:
+        name: The parameter, by its clean path.
+        owner: The module that holds it.
+        module: That module itself.
+    """
+
+    name: str
+    owner: str
+    module: nn.Module
+
+
+class Matrices:
+    """Where the graph of a step applies matrices that no module of their own applies.
+
+    What such a matrix reads becomes a point, of which the gradient alone is measured: autograd keeps no more. What two
+    of them read, and one that is applied again and again, tells of none of them.
+
+    Attributes:
+        points: The number of the site of what a matrix reads.
+        readers: The matrix that reads it; None where there are several.
+        ends: What the forward passes have given, and the loss.
+
+    Example:
+        >>> import torch
+        >>> held, x = nn.ParameterList(torch.eye(2) for _ in range(3)), torch.ones(1, 2)
+        >>> known = {id(p): Applied(f"{place}", "", held) for place, p in enumerate(held)}
+        >>> [applied.name for _, applied in Matrices().look([x @ held[0] @ held[1] @ held[2]], known)]
+        ['2', '1']
+    """
+
+    def __init__(self) -> None:
+        self.points: dict[Node, int] = {}
+        self.readers: dict[Node, Applied | None] = {}
+        self.ends: list[Tensor] = []
+        self._walked: set[Node] = set()
+        self._counts: dict[str, int] = {}
+
+    def look(self, ends: Iterable[Tensor], known: Mapping[int, Applied]) -> Iterator[tuple[Node, Applied]]:
+        """What the matrices read in the part of the graph that has not been walked yet.
+
+        Args:
+            ends: What the graph leads to.
+            known: The matrices, by identity.
+        """
+        if not known:
+            return
+        new = [end for end in ends if end.grad_fn is not None]
+        self.ends += new
+        open_ = [end.grad_fn for end in new]
+        while open_:
+            node = open_.pop()
+            if node is None or node in self._walked:
+                continue
+            self._walked.add(node)
+            open_ += [before for before, _ in node.next_functions]
+            found = _applied(node, known) if shown_name(node) in _APPLYING else None
+            if found is None:
+                continue
+            read, applied = found
+            count = self._counts[applied.name] = self._counts.get(applied.name, 0) + 1
+            is_new = read not in self.readers
+            self.readers[read] = applied if is_new else None
+            if is_new and count == 1:
+                yield read, applied
+
+    def crossed(self, paths: Paths, returned: Iterable[int]) -> tuple[tuple[int, ...], dict[int, Applied]]:
+        """The chain of all points, and those of them that are what one matrix reads.
+
+        Args:
+            paths: With the points that modules give.
+            returned: The points that a gradient has come back to.
+        """
+        if not self.readers:
+            return (), {}
+        chain = paths.with_more(self.points, self.ends).chain(returned)
+        points = {**self.points, **{node: point for node, point in paths.points.items() if node in self.readers}}
+        once = {node: one for node, one in self.readers.items() if one is not None and self._counts[one.name] == 1}
+        return tuple(chain), {points[node]: applied for node, applied in once.items() if points[node] in chain}
+
+
+def _applied(node: Any, known: Mapping[int, Applied]) -> tuple[Node, Applied] | None:
+    """What a product reads, and the matrix that it applies; None where it is not one matrix and one signal."""
+    ways = [_through(before, place) for before, place in node.next_functions if before is not None]
+    leaves = [before.variable for before, _ in ways if before.name() == LEAF]
+    signals = [(before, place) for before, place in ways if before.name() != LEAF]
+    mine = [known[id(leaf)] for leaf in leaves if id(leaf) in known]
+    if len(mine) != 1 or len(signals) != 1 or signals[0][1] != 0:
+        return None
+    return signals[0][0], mine[0]
+
+
+def _through(node: Any, place: int) -> tuple[Any, int]:
+    """A node and which of its results, seen through what only reshapes it."""
+    while shown_name(node) in _SHAPES:
+        before = [(other, number) for other, number in node.next_functions if other is not None]
+        if len(before) != 1:
+            break
+        node, place = before[0]
+    return node, place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from lightning_gradhealth.signals.ending import Ending
 from lightning_gradhealth.signals.kinds import Kind
-from lightning_gradhealth.signals.paths import Paths
+from lightning_gradhealth.signals.paths import Applied, Matrices, Paths, size_of
 from lightning_gradhealth.signals.reading import UNITS, Activation, Site, Spec
 from lightning_gradhealth.signals.returns import Returns
 from lightning_gradhealth.signals.sums import Sums
@@ -93,6 +93,7 @@ class Step:
         given: What recurrent modules were given, where more of that is to be measured.
         ending: What the graphs of the losses show.
         outputs: What the modules have given that a loop has called.
+        matrices: Those that modules apply by hand.
     """
 
     def __init__(self) -> None:
@@ -112,6 +113,7 @@ class Step:
         self.activations: dict[str, Activation] = {}
         self.ending = Ending()
         self.outputs: list[Tensor] = []
+        self.matrices = Matrices()
 
     def place(self, name: str, owner: str, module: nn.Module, values: Tensor, same: int = -1) -> Place:
         """The place of that name, a new one if there is none yet."""
@@ -119,6 +121,20 @@ class Step:
             self.places[name] = Place(len(self.places), name, owner, module, values, same)
             self.numbered.append(self.places[name])
         return self.places[name]
+
+    def look_for_matrices(self, ends: Iterable[Tensor], known: Mapping[int, Applied]) -> None:
+        """Wait for the gradient of what matrices read that modules apply by hand, before the backward pass.
+
+        Args:
+            ends: What the graph leads to.
+            known: The matrices, by identity.
+        """
+        for node, applied in self.matrices.look(ends, known):
+            if node not in self.paths.points:
+                size = torch.empty(size_of(node), device="meta")
+                place = self.place(f"{applied.name} (input)", applied.owner, applied.module, size)
+                self.matrices.points[node] = place.number
+                self.returns.expect_at(node, place.number, self.paths.leaves(node))
 
     @property
     def is_blank(self) -> bool:
@@ -173,4 +189,11 @@ class Step:
             if after is None or not places[after].is_norm or places[number].name != places[number].owner
         ]
         units = tuple(self.activations.values())
-        return Spec(sites, units, tuple(kept), self.sums.flagged, len(sites) <= GREATEST)
+        crossed, readers = self.matrices.crossed(self.paths, self.sums.returned)
+        names = [""] * len(crossed)
+        for position, point in enumerate(crossed):
+            applied = readers.get(point)
+            # what a module gives at the end comes of its last matrix, which may have any size
+            if applied and any(places[after].name != applied.owner for after in crossed[position + 1 :]):
+                names[position] = applied.name
+        return Spec(sites, units, tuple(kept), self.sums.flagged, len(sites) <= GREATEST, crossed, tuple(names))

@@ -29,7 +29,8 @@ def united(specs: Iterable[Spec]) -> Spec:
     loose = [Site(site.name, site.owner, site.size) for site in more]  # their numbers are those of another rank
     modules = tuple(dict.fromkeys(name for spec in specs for name in spec.modules))
     histogram = all(spec.histogram for spec in specs)
-    return Spec((*first.sites, *loose), (*first.activations, *others), first.chain, modules, histogram)
+    chains = first.chain, modules, histogram, first.crossed, first.matrices
+    return Spec((*first.sites, *loose), (*first.activations, *others), *chains)
 
 
 def _placed(rows: Tensor, names: Sequence[str], wanted: Sequence[str]) -> Tensor:

@@ -67,6 +67,8 @@ class Spec(Record):
         chain: The sites of the main chain, in order.
         modules: One number each, in the order in which they ended: 1 where the output was not finite.
         histogram: Whether `BINS` numbers a site follow.
+        crossed: The sites of the main chain, and those between them that matrices read which modules apply by hand.
+        matrices: For each of these the one matrix that reads it; "" where there is none, or several.
     """
 
     sites: tuple[Site, ...] = ()
@@ -74,6 +76,8 @@ class Spec(Record):
     chain: tuple[int, ...] = ()
     modules: tuple[str, ...] = ()
     histogram: bool = False
+    crossed: tuple[int, ...] = ()
+    matrices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,16 @@ class Signals:
                 fields["activation"] = activation.kind
         return found
 
+    def of_matrices(self) -> dict[str, float]:
+        """What is left of the gradient before each matrix of the smallest one behind it, by parameter."""
+        back = [self.backward_rms[number] for number in self.spec.crossed]
+        found = {}
+        for place, name in enumerate(self.spec.matrices):
+            before, behind = back[place], [rms for rms in back[place + 1 :] if rms is not None]
+            if name and before is not None and min(behind, default=0.0) > 0.0:
+                found[name] = before / min(behind)
+        return found
+
     def _of_site(self, number: int) -> dict[str, Any]:
         before = self.spec.sites[number].before
         forward, backward = self.forward_rms, self.backward_rms
@@ -229,7 +243,14 @@ def with_signals(record: StepRecord, signals: Sequence[Signals], layer_of: Calla
     # a step without a backward pass has no chain, and takes none away
     latest = {reading.optimizer: chain for reading in signals if (chain := reading.chain(layer_of)).points}
     chains = tuple(latest.values())
-    layers = tuple(layer.changed(**fields_of(layer)) for layer in record.layers)
+    crossed = {name: gain for reading in signals for name, gain in reading.of_matrices().items()}
+
+    def with_gains(layer: LayerStats) -> LayerStats:
+        if not layer.matrices:
+            return layer
+        return layer.changed(matrices=tuple(m.changed(backward_gain=crossed.get(m.name)) for m in layer.matrices))
+
+    layers = tuple(with_gains(layer.changed(**fields_of(layer))) for layer in record.layers)
     origin = next((name for reading in signals if (name := reading.first_non_finite)), "")
     gains = {
         f"{way}_gain": _farthest([getattr(chain, f"{way}_gain") for chain in chains]) for way in ("forward", "backward")

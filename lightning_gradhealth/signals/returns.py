@@ -70,11 +70,20 @@ class Returns:
             norms: Where the norm of the first gradient is kept, by the number of the call.
             call: That number.
         """
+        self._take_leaves(leaves)
+        tensor.register_hook(Backward(self, site, norms, call))  # type: ignore[no-untyped-call]
+
+    def expect_at(self, node: Node, site: int, leaves: Iterable[Node]) -> None:
+        """The same of what a node has given, of which there is no tensor any more."""
+        self._take_leaves(leaves)
+        add = Backward(self, site, None, 0)
+        node.register_prehook(lambda gradients: None if gradients[0] is None else add(gradients[0]))
+
+    def _take_leaves(self, leaves: Iterable[Node]) -> None:
         for leaf in leaves:
             is_parameter = isinstance(getattr(leaf, "variable", None), nn.Parameter)
             (self._parameters if is_parameter else self._others).append(leaf)
         self.awaited += 1
-        tensor.register_hook(Backward(self, site, norms, call))  # type: ignore[no-untyped-call]
 
     def fail(self, error: Exception) -> None:
         """Measure nothing more in this step."""

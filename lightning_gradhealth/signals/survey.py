@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from lightning_gradhealth.signals.attention import ATTENTION, FUSED, openness_of
@@ -89,6 +89,22 @@ class Survey:
         for key, window in state.items():
             self.windows[key] = UnitWindow(ATTENTION)  # its true kind is set when it is met
             self.windows[key].load_state_dict(window)
+
+
+def is_seen(module: nn.Module, output: Tensor) -> bool:
+    """Whether the autograd graph will show an activation's output.
+
+    Args:
+        module: The activation.
+        output: What it has given.
+
+    Example:
+        >>> is_seen(nn.ReLU(), nn.ReLU()(nn.Linear(1, 1).bias))
+        True
+    """
+    if output.grad_fn is None or isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return False
+    return kind_of_node(output.grad_fn) is not None
 
 
 def _before(step: Step, node: Node) -> Place | None:
