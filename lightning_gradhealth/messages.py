@@ -10,7 +10,7 @@ import html
 import logging
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 log = logging.getLogger("lightning_gradhealth")
 
@@ -58,6 +58,28 @@ def as_markdown(text: object) -> str:
     line = html.escape(printable(" ".join(_text(text).split(" "))), quote=False)
     # an underscore within a word emphasises nothing
     return re.sub(r"([\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", line)
+
+
+def in_words(value: object, most: int = 20) -> str:
+    """A piece of evidence as a reader expects it, in one line of at most 1,000 characters.
+
+    Args:
+        value: A number, a text, or a list or dict of such.
+        most: The greatest number of entries of a list or dict; of a longer one their number is said.
+
+    Example:
+        >>> in_words({"net.0": 0.73204, "net.2": [1, True]}), in_words(["a", "b", "c"], 2)
+        ('net.0: 0.732, net.2: 1, True', 'a, b, … (3)')
+    """
+    if isinstance(value, (Mapping, list, tuple)):
+        if isinstance(value, Mapping):
+            parts = [f"{printable(name)}: {in_words(part, most)}" for name, part in list(value.items())[:most]]
+        else:
+            parts = [in_words(part, most) for part in value[:most]]
+        value = ", ".join([*parts, f"… ({len(value)})"] if len(value) > most else parts)
+    elif isinstance(value, float):
+        value = f"{value:.3g}"
+    return printable(value, 1_000)
 
 
 def reason_of(error: BaseException) -> str:

@@ -49,7 +49,7 @@ def test_every_python_block_runs(
         "gh": gh,
     }
     blocks = python_blocks()
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     for block in blocks:
         run(block, names)
     assert "True" in capsys.readouterr().out
@@ -71,11 +71,13 @@ def test_every_python_block_runs(
     assert report.depth[0].after == pytest.approx(1.0, abs=0.02)
 
 
-def test_the_report_is_that_of_the_code() -> None:
+@pytest.mark.parametrize(("mark", "width", "report"), [("report", 100, "report"), ("terminal", 80, "session")])
+def test_a_report_is_that_of_the_code(mark: str, width: int, report: str) -> None:
     """Up to figures that another processor may round otherwise."""
-    code, shown = re.search(r"<!-- the report -->\n```python\n(.*?)```\n\n```text\n(.*?)```", README, re.S).groups()
-    names = run(code, {"gh": gh, "rich": rich})
-    printed = plain(names["report"].__rich__(), width=100)
+    code, shown = re.search(rf"<!-- the {mark} -->\n```python\n(.*?)```\n\n```text\n(.*?)```", README, re.S).groups()
+    names = run(code, {"gh": gh, "rich": rich, "torch": torch, "nn": nn})
+    source = names[report].report() if report == "session" else names[report]
+    printed = plain(source, width=width)
     to_paste = f"README's report should read:\n{printed}"
     now, then = printed.split(), shown.split()
     assert len(now) == len(then), to_paste

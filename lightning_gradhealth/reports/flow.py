@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Group, RenderableType
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
+from rich.console import RenderableType
 
-from lightning_gradhealth.messages import as_markdown, printable
+from lightning_gradhealth.messages import as_markdown
 from lightning_gradhealth.records import FlowReport, LayerStats, Severity
-from lightning_gradhealth.reports.rendering import COLOURS, figure, line, plain, render_finding, save
+from lightning_gradhealth.reports.layers import LayerRow, folded, layer_table, summary, worst_first
+from lightning_gradhealth.reports.markdown import findings_markdown, table_markdown
+from lightning_gradhealth.reports.rendering import colour_of, figure, line, plain, render_findings, save, titled
+from lightning_gradhealth.reports.tables import Column
 
 
 def _share(layer: LayerStats) -> str:
@@ -21,18 +21,33 @@ def _share(layer: LayerStats) -> str:
     return "–" if share is None else f"{100 * share:.3g} %"
 
 
-_FLOW_COLUMNS: tuple[tuple[str, Callable[[LayerStats], str]], ...] = (
-    ("forward RMS", lambda layer: figure(layer.forward_rms)),
-    ("gain", lambda layer: figure(layer.forward_gain)),
-    ("backward RMS", lambda layer: figure(layer.backward_rms)),
-    ("gain", lambda layer: figure(layer.backward_gain)),
-    ("activation", lambda layer: layer.activation or "–"),
-    ("dead or saturated", _share),
+_NUMBERS: tuple[tuple[str, Callable[[LayerStats], float | None]], ...] = (
+    ("forward RMS", lambda layer: layer.forward_rms),
+    ("forward gain", lambda layer: layer.forward_gain),
+    ("backward RMS", lambda layer: layer.backward_rms),
+    ("backward gain", lambda layer: layer.backward_gain),
 )
+_IMPORTANCE = ("backward RMS", "forward RMS", "backward gain", "forward gain")
 
 
-def _flow_rows(report: FlowReport) -> list[tuple[str, ...]]:
-    return [(printable(layer.name), *(read(layer) for _, read in _FLOW_COLUMNS)) for layer in report.layers]
+def _columns(layers: Sequence[LayerStats]) -> list[Column]:
+    numbers = [
+        Column(title, [figure(read(layer)) for layer in layers], 1 + _IMPORTANCE.index(title))
+        for title, read in _NUMBERS
+    ]
+    share = Column("dead or saturated", list(map(_share, layers)), 5)
+    return [*numbers, share, Column("activation", [layer.activation or "–" for layer in layers], 6, words=True)]
+
+
+def _layer_rows(report: FlowReport) -> list[LayerRow]:
+    # the order of findings is: the gravest first, and causes before their symptoms
+    hit = {name: finding for finding in reversed(report.findings) for name in finding.layers}
+    rows = []
+    for layer in report.layers:
+        finding = None if layer.frozen else hit.get(layer.name)
+        state = "frozen" if layer.frozen else "ok" if finding is None else str(finding.condition).replace("_", " ")
+        rows.append(LayerRow(layer, state, Severity.INFO if finding is None else finding.severity))
+    return rows
 
 
 def _flow_headline(report: FlowReport) -> str:
@@ -59,52 +74,39 @@ def render_flow(report: FlowReport) -> RenderableType:
     """A table of the signal at every layer, the findings with remedies, and what could not be measured.
 
     Example:
-        >>> plain(render_flow(FlowReport())).splitlines()[1].strip("│ ")
-        'nothing was measured before the first step; gain per layer – forward, – back over 0 layers'
+        >>> print(plain(render_flow(FlowReport())).splitlines()[1])
+        nothing was measured before the first step; gain per layer – forward, – back over 0 layers
     """
-    worst = max((f.severity for f in report.findings), key=lambda s: s.rank, default=Severity.INFO)
-    colour = "green" if report.healthy else COLOURS[worst]
-    parts: list[RenderableType] = [Text(_flow_headline(report), style=f"bold {colour}")]
-    if report.layers:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("layer", overflow="fold")
-        for title, _ in _FLOW_COLUMNS:
-            table.add_column(title, justify="left" if title == "activation" else "right", no_wrap=True)
-        hit = {name: finding.severity for finding in reversed(report.findings) for name in finding.layers}
-        for layer, row in zip(report.layers, _flow_rows(report), strict=True):
-            style = "dim" if layer.frozen else (COLOURS[hit[layer.name]] if layer.name in hit else "")
-            table.add_row(*(Text(cell, style=style) for cell in row))
-        parts.append(table)
+    colour = colour_of(report.findings, report.healthy)
+    shown, quiet = folded(_layer_rows(report))
+    parts: list[RenderableType] = [line(_flow_headline(report), style=f"bold {colour}")]
+    parts += layer_table(shown, _columns([row.layer for row in shown]), quiet, _NUMBERS)
     parts += [line(each) for each in _through_time(report)]
-    parts += [render_finding(finding, with_step=False) for finding in report.findings]
+    parts += render_findings(report.findings, with_step=False)
     parts += [line(f"remedy: {remedy}") for remedy in _other_remedies(report)]
     parts += [line(f"note: {note}", style="dim") for note in report.notes]
-    return Panel(Group(*parts), title="GradHealth", border_style=colour, title_align="left")
+    return titled(parts, colour)
 
 
 def flow_markdown(report: FlowReport) -> str:
-    """The report as Markdown.
+    """The report as Markdown that fits a comment on a pull request: the table of layers opens on a click.
 
     Example:
         >>> flow_markdown(FlowReport(notes=("no loss",))).splitlines()[-1]
-        'Note: no loss'
+        '- Note: no loss'
     """
     lines = [f"# Preflight: {as_markdown(_flow_headline(report))}", ""]
-    lines += [
-        f"- **{f.severity}: {as_markdown(f.condition)}** in"
-        f" {as_markdown(f'{f.where}: {f.summary}. Remedy: {f.remedy}')}"
-        for f in report.findings
-    ]
-    lines += [f"- Remedy: {as_markdown(remedy)}" for remedy in _other_remedies(report)]
-    if report.findings or report.remedies:
-        lines.append("")
+    lines += findings_markdown(report.findings, with_step=False)
+    if others := _other_remedies(report):
+        lines += [*(f"- Remedy: {as_markdown(remedy)}" for remedy in others), ""]
     if report.layers:
-        titles = ("layer", *(title for title, _ in _FLOW_COLUMNS))
-        lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-        lines += [f"| {' | '.join(map(as_markdown, row))} |" for row in _flow_rows(report)]
-        lines.append("")
-    lines += map(as_markdown, _through_time(report))
-    return "\n".join([*lines, *(f"Note: {as_markdown(note)}" for note in report.notes)])
+        rows = worst_first(_layer_rows(report))
+        columns = _columns([row.layer for row in rows])
+        titles = ("layer", "state", *(column.title for column in columns))
+        cells = [(row.layer.name, row.state, *(c.cells[i] for c in columns)) for i, row in enumerate(rows)]
+        lines += table_markdown(summary(rows), titles, cells)
+    lines += [f"- {as_markdown(text)}" for text in _through_time(report)]
+    return "\n".join([*lines, *(f"- Note: {as_markdown(note)}" for note in report.notes)])
 
 
 def save_flow(report: FlowReport, path: Path) -> Path:

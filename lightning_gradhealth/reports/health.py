@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Group, RenderableType
-from rich.panel import Panel
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from lightning_gradhealth.history import sparkline
-from lightning_gradhealth.messages import as_markdown, printable
+from lightning_gradhealth.messages import as_markdown
 from lightning_gradhealth.records import Finding, HealthReport, LayerStats, Severity
-from lightning_gradhealth.reports.rendering import COLOURS, evidence, figure, line, plain, render_finding, save
+from lightning_gradhealth.reports.layers import LayerRow, folded, layer_table, summary, worst_first
+from lightning_gradhealth.reports.markdown import findings_markdown, table_markdown
+from lightning_gradhealth.reports.rendering import colour_of, figure, line, plain, render_findings, save, titled
+from lightning_gradhealth.reports.tables import Column
 
 
 def layer_state(layer: LayerStats, findings: tuple[Finding, ...]) -> tuple[str, Severity]:
@@ -53,21 +53,37 @@ _SIGNALS: tuple[tuple[str, Callable[[LayerStats], float | None]], ...] = (
     ("dead", lambda layer: layer.dead_fraction),
     ("saturated", lambda layer: layer.saturated_fraction),
 )
+# the column that shows a condition
+_SHOWS = {
+    "vanishing_gradients": "gradient RMS",
+    "exploding_gradients": "gradient RMS",
+    "vanishing_activations": "output RMS",
+    "exploding_activations": "output RMS",
+    "dead_units": "dead",
+    "saturated_units": "saturated",
+    "oversized_updates": "update/weight",
+    "stalled_layers": "update/weight",
+}
 
 
 def _columns(report: HealthReport) -> list[tuple[str, Callable[[LayerStats], float | None]]]:
     return [*_COLUMNS, *(column for column in _SIGNALS if any(column[1](la) is not None for la in report.layers))]
 
 
-def _figures(report: HealthReport, layer: LayerStats) -> list[str]:
-    return [figure(read(layer)) for _, read in _columns(report)]
+def _layer_rows(report: HealthReport) -> list[LayerRow]:
+    return [LayerRow(layer, *layer_state(layer, report.findings)) for layer in report.layers]
 
 
-def _rows(report: HealthReport) -> list[tuple[str, ...]]:
-    return [
-        (printable(layer.name), *_figures(report, layer), printable(layer_state(layer, report.findings)[0]))
-        for layer in report.layers
+def _table(report: HealthReport) -> list[RenderableType]:
+    """The layers, those that are in order in one line where they are many."""
+    shown, quiet = folded(_layer_rows(report))
+    told = [_SHOWS[finding.condition] for finding in report.findings if finding.condition in _SHOWS]
+    ranking = dict.fromkeys(["grad norm", *told, *(title for title, _ in _columns(report))])
+    rank = {title: 1 + place for place, title in enumerate(ranking)}
+    columns = [
+        Column(title, [figure(read(row.layer)) for row in shown], rank[title]) for title, read in _columns(report)
     ]
+    return layer_table(shown, columns, quiet, _columns(report)[:4])
 
 
 def _headline(report: HealthReport) -> str:
@@ -83,61 +99,42 @@ def _headline(report: HealthReport) -> str:
 def render_health(report: HealthReport) -> RenderableType:
     """A table of layers, the findings with evidence and remedy, and what could not be measured.
 
+    It takes the width it is given: at 80 columns the numbers that matter most are shown, from about 130 on all.
+
     Example:
-        >>> plain(render_health(HealthReport()), width=60).splitlines()[1].strip("│ ")
-        'nothing was watched after 0 optimizer steps'
+        >>> print(plain(render_health(HealthReport()), width=60).splitlines()[1])
+        nothing was watched after 0 optimizer steps
     """
-    worst = max((f.severity for f in report.findings), key=lambda s: s.rank, default=Severity.INFO)
-    colour = "green" if report.healthy else COLOURS[worst]
-    parts: list[RenderableType] = [line(_headline(report), style=f"bold {colour}")]
-    if report.layers:
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("layer", overflow="fold")
-        for title, _ in _columns(report):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("state")
-        for layer, row in zip(report.layers, _rows(report), strict=True):
-            severity = layer_state(layer, report.findings)[1]
-            style = "dim" if layer.frozen else ("" if row[-1] in ("ok", "recovered") else COLOURS[severity])
-            table.add_row(*(Text(cell, style=style) for cell in row))
-        parts.append(table)
+    colour = colour_of(report.findings, report.healthy)
+    parts: list[RenderableType] = [line(_headline(report), style=f"bold {colour}"), *_table(report)]
     if report.trend:
         parts.append(Text(f"total norm, log scale: {sparkline([total for _, total in report.trend])}", style="dim"))
-    for finding in report.findings:
-        parts.append(render_finding(finding))
+    parts += render_findings(report.findings)
     if report.aside:
         parts.append(line(f"GradHealth stepped aside: {report.aside}", style="yellow"))
     parts += [line(f"not watched: {what}", style="yellow") for what in report.unwatched]
     parts += [line(f"note: {note}", style="dim") for note in report.notes]
-    return Panel(Group(*parts), title="GradHealth", border_style=colour, title_align="left")
+    return titled(parts, colour)
 
 
 def markdown(report: HealthReport) -> str:
-    """The report as Markdown.
+    """The report as Markdown that fits a comment on a pull request: the table of layers opens on a click.
 
     Example:
         >>> markdown(HealthReport()).splitlines()[0]
         '# Health: nothing was watched after 0 optimizer steps'
     """
-    lines = [f"# Health: {as_markdown(_headline(report))}", ""]
-    for finding in report.findings:
-        lines += [f"- **{finding.severity}: {as_markdown(finding.condition)}** — {as_markdown(finding)}"]
-        if numbers := evidence(finding):
-            lines += [f"  Evidence: {as_markdown(numbers)}."]
-        if finding.code:
-            code = [printable(line) for line in finding.code.splitlines()]
-            fence = "`" * max(3, 1 + max((len(run) for line in code for run in re.findall("`+", line)), default=0))
-            lines += ["", f"  {fence}python", *(f"  {line}" for line in code), f"  {fence}"]
-    if report.findings:
-        lines.append("")
+    lines = [f"# Health: {as_markdown(_headline(report))}", "", *findings_markdown(report.findings)]
     if report.layers:
-        titles = ("layer", *(title for title, _ in _columns(report)), "state")
-        lines += [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-        lines += [f"| {' | '.join(map(as_markdown, row))} |" for row in _rows(report)]
-        lines.append("")
-    lines += [f"GradHealth stepped aside: {as_markdown(report.aside)}"] if report.aside else []
-    lines += [f"Not watched: {as_markdown(what)}" for what in report.unwatched]
-    lines += [f"Note: {as_markdown(note)}" for note in report.notes]
+        rows = worst_first(_layer_rows(report))
+        titles = ("layer", "state", *(title for title, _ in _columns(report)))
+        cells = [
+            (row.layer.name, row.state, *(figure(read(row.layer)) for _, read in _columns(report))) for row in rows
+        ]
+        lines += table_markdown(summary(rows), titles, cells)
+    lines += [f"GradHealth stepped aside: {as_markdown(report.aside)}", ""] if report.aside else []
+    lines += [f"- Not watched: {as_markdown(what)}" for what in report.unwatched]
+    lines += [f"- Note: {as_markdown(note)}" for note in report.notes]
     return "\n".join(lines)
 
 

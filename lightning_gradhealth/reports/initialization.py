@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from lightning_gradhealth.records import DepthPoint, InitReport
 from lightning_gradhealth.reports.rendering import figure, line
+from lightning_gradhealth.reports.tables import Column, FittedTable
 
 _SHOWN_DEPTHS = 12
 
@@ -32,24 +32,25 @@ def render_init(report: InitReport) -> RenderableType:
     return Group(*parts)
 
 
-def _init_table(report: InitReport) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("parameter", overflow="fold", ratio=3)
-    table.add_column("rule and scheme", overflow="fold", ratio=2)
-    for title in ("fan", "gain", "std", "measured"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("follows, note", overflow="fold", ratio=3)
-    for entry in report.entries:
-        style = "yellow" if entry.rule == "uncovered" else ("dim" if entry.scheme == "kept" else "")
-        gain_from = " ".join(filter(None, (entry.follows, f"({entry.found})" if entry.found else "")))
-        cells = (
-            f"{entry.name} {'×'.join(map(str, entry.shape))}",
-            f"{entry.rule}: {entry.scheme} {entry.distribution}".strip(),
-            *(figure(v) for v in (entry.fan, entry.gain, entry.target_std, entry.measured_std)),
-            "; ".join(filter(None, (gain_from, entry.note))),
-        )
-        table.add_row(*(line(cell, style=style) for cell in cells))
-    return table
+def _init_table(report: InitReport) -> FittedTable:
+    entries = report.entries
+    gain_from = [" ".join(filter(None, (e.follows, f"({e.found})" if e.found else ""))) for e in entries]
+    columns = (
+        Column("rule and scheme", [f"{e.rule}: {e.scheme} {e.distribution}" for e in entries], 1, words=True),
+        Column("fan", [figure(e.fan) for e in entries], 6),
+        Column("gain", [figure(e.gain) for e in entries], 4),
+        Column("std", [figure(e.target_std) for e in entries], 2),
+        Column("measured", [figure(e.measured_std) for e in entries], 5),
+        Column(
+            "follows, note",
+            ["; ".join(filter(None, (gain, e.note))) for gain, e in zip(gain_from, entries, strict=True)],
+            3,
+            words=True,
+        ),
+    )
+    names = [f"{entry.name} {'×'.join(map(str, entry.shape))}" for entry in entries]
+    styles = ["yellow" if e.rule == "uncovered" else "dim" if e.scheme == "kept" else "" for e in entries]
+    return FittedTable("parameter", names, columns, styles)
 
 
 def _init_summary(report: InitReport) -> str:
@@ -60,25 +61,23 @@ def _init_summary(report: InitReport) -> str:
     return f"{read}residual branches: {report.residual}{flow}; seed {report.seed}"
 
 
-def _depth_table(depth: tuple[DepthPoint, ...]) -> Table:
+def _depth_table(depth: tuple[DepthPoint, ...]) -> FittedTable:
     """The signal at the first, every k-th and the last weight."""
     step = math.ceil((len(depth) - 1) / (_SHOWN_DEPTHS - 1)) if len(depth) > _SHOWN_DEPTHS else 1
     shown = sorted({*range(0, len(depth), step), len(depth) - 1})
-    columns: list[tuple[str, Callable[[DepthPoint], float | None]]] = [
+    numbers: list[tuple[str, Callable[[DepthPoint], float | None]]] = [
         ("signal", lambda point: point.forward),
         ("gradient", lambda point: point.backward),
     ]
     if any(point.after is not None for point in depth):
-        columns += [
+        numbers += [
             ("target", lambda point: point.target),
             ("before", lambda point: point.before),
             ("calibrated", lambda point: point.after),
         ]
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("depth", justify="right", no_wrap=True)
-    table.add_column("predicted RMS behind", overflow="fold")
-    for title, _ in columns:
-        table.add_column(title, justify="right", no_wrap=True)
-    for index in shown:
-        table.add_row(str(index + 1), line(depth[index].name), *(figure(read(depth[index])) for _, read in columns))
-    return table
+    columns = [Column("depth", [str(index + 1) for index in shown], len(numbers))]
+    columns += [
+        Column(title, [figure(read(depth[index])) for index in shown], rank)
+        for rank, (title, read) in enumerate(numbers)
+    ]
+    return FittedTable("predicted RMS behind", [depth[index].name for index in shown], columns, [""] * len(shown))

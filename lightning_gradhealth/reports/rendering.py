@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
 from rich.text import Text
 
-from lightning_gradhealth.messages import printable
+from lightning_gradhealth.messages import in_words, printable
 from lightning_gradhealth.records import Finding, Severity
 
 COLOURS = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.CRITICAL: "red"}
@@ -36,35 +38,88 @@ def figure(value: float | None) -> str:
 
 
 def evidence(finding: Finding) -> str:
-    """The numbers that a finding rests on, in one line.
+    """What a finding rests on, in one line of words and numbers.
 
     Example:
-        >>> evidence(Finding("dead_units", Severity.INFO, (), 1, 2, evidence={"dead_fraction": 0.5}))
-        'dead_fraction 0.5'
+        >>> evidence(Finding("dead_units", Severity.INFO, (), 1, 2, evidence={"dead_fraction": 0.5, "loss": None}))
+        'dead fraction 0.5'
     """
-    shown = {k: v for k, v in finding.evidence.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return ", ".join(f"{key} {figure(float(value))}" for key, value in shown.items())
+    known = [(name, value) for name, value in finding.evidence.items() if value is not None and value != ""]
+    return ", ".join(
+        f"{printable(name, 60).replace('_', ' ')} {figure(value) if isinstance(value, float) else in_words(value, 3)}"
+        for name, value in known[:20]
+    )
 
 
-def render_finding(finding: Finding, *, with_step: bool = True) -> RenderableType:
-    """A finding with its evidence and its remedy.
+def since(finding: Finding) -> str:
+    """When a finding was seen.
+
+    Example:
+        >>> since(Finding("loss_spike", Severity.INFO, (), 3, 9)), since(Finding("loss_spike", Severity.INFO, (), 3, 3))
+        ('steps 3 to 9', 'step 3')
+    """
+    if finding.last_step > finding.first_step:
+        return f"steps {finding.first_step} to {finding.last_step}"
+    return f"step {finding.first_step}"
+
+
+def first_with_remedy(findings: Sequence[Finding]) -> list[Finding | None]:
+    """For each finding the earlier one with the same remedy; None: it is the first to give it."""
+    said: dict[str, Finding] = {}
+    firsts = [said.setdefault(finding.remedy, finding) for finding in findings]
+    return [None if first is finding else first for first, finding in zip(firsts, findings, strict=True)]
+
+
+def render_findings(findings: Sequence[Finding], *, with_step: bool = True) -> list[RenderableType]:
+    """Findings with their evidence and their remedies, each of these once.
 
     Args:
-        finding: The finding.
-        with_step: Whether to say when it was seen.
+        findings: The findings.
+        with_step: Whether to say when they were seen.
     """
-    colour = COLOURS[finding.severity]
-    since = f", step {finding.first_step}"
-    if finding.last_step > finding.first_step:
-        since = f", steps {finding.first_step} to {finding.last_step}"
-    head = line(f"{finding.severity}: {finding.condition}", style=f"bold {colour}")
-    head.append(f" in {finding.where}{since if with_step else ''}", style="default")
-    lines = [head, line(f"  {finding.summary}")]
-    if numbers := evidence(finding):
-        lines.append(line(f"  evidence: {numbers}", style="dim"))
-    lines.append(line(f"  remedy: {finding.remedy}"))
-    lines += [line(f"    {code}", style="bold") for code in finding.code.splitlines()]
-    return Group(*lines)
+    lines: list[RenderableType] = []
+    said: set[str] = set()
+    for finding, earlier in zip(findings, first_with_remedy(findings), strict=True):
+        head = line(f"{finding.severity}: {finding.condition}", style=f"bold {COLOURS[finding.severity]}")
+        head.append(f" in {finding.where}{f', {since(finding)}' if with_step else ''}", style="default")
+        lines += [head, _below(finding.summary)] if finding.summary else [head]
+        if known := evidence(finding):
+            lines.append(_below(f"evidence: {known}", style="dim"))
+        if earlier is not None:
+            lines.append(_below(f"remedy: as for {earlier.condition}"))
+        elif finding.remedy:
+            lines.append(_below(f"remedy: {finding.remedy}"))
+        if finding.code in said:
+            lines.append(_below("the code above", style="dim", indent=4))
+        elif finding.code:
+            lines += [_below(code, style="bold", indent=4) for code in finding.code.splitlines()]
+            said.add(finding.code)
+    return lines
+
+
+def _below(text: str, style: str = "", indent: int = 2) -> RenderableType:
+    return Padding(line(text, style), (0, 0, 0, indent), expand=False)
+
+
+def titled(parts: Sequence[RenderableType], colour: str) -> RenderableType:
+    """A report under its title. It has no frame: what is copied from a terminal has none either.
+
+    Args:
+        parts: What it says.
+        colour: The colour of its verdict.
+    """
+    return Group(Rule("GradHealth", align="left", style=colour), *parts)
+
+
+def colour_of(findings: Sequence[Finding], healthy: bool) -> str:
+    """The colour of a verdict: green, or that of the worst finding.
+
+    Example:
+        >>> colour_of((), healthy=True)
+        'green'
+    """
+    worst = max((finding.severity for finding in findings), key=lambda severity: severity.rank, default=Severity.INFO)
+    return "green" if healthy else COLOURS[worst]
 
 
 def plain(renderable: RenderableType, width: int = 120) -> str:
@@ -76,7 +131,7 @@ def plain(renderable: RenderableType, width: int = 120) -> str:
     """
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(renderable)
-    return console.export_text().rstrip("\n")
+    return "\n".join(text.rstrip() for text in console.export_text().rstrip("\n").split("\n"))
 
 
 def save(path: Path, formats: Mapping[str, Callable[[], str]]) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradhealth.messages import printable
+from lightning_gradhealth.messages import in_words
 from lightning_gradhealth.records import Finding, StepRecord, StepStats
 from lightning_gradhealth.view.quantities import COLUMNS, FORMAT, QUANTITIES, Half, Single, layer_value, totals
 
@@ -155,17 +155,6 @@ def joined(ranges: Iterable[tuple[int, int]]) -> Spans:
     return result
 
 
-def _in_words(value: Any) -> str:
-    """A piece of evidence that is no number, as a reader expects it."""
-    if isinstance(value, Mapping):
-        value = ", ".join(f"{name}: {_in_words(part)}" for name, part in list(value.items())[:20])
-    elif isinstance(value, (list, tuple)):
-        value = ", ".join(_in_words(part) for part in value[:20])
-    elif isinstance(value, float):
-        value = f"{value:.3g}"
-    return printable(value, 1_000)
-
-
 def told(finding: Finding, active: bool) -> dict[str, Any]:
     """A finding as it travels: plain data, bounded in size.
 
@@ -176,7 +165,7 @@ def told(finding: Finding, active: bool) -> dict[str, Any]:
     data = finding.changed(layers=finding.layers[:SHOWN_LAYERS], healed=finding.healed[:SHOWN_LAYERS]).to_dict()
     texts = {name: str(data[name])[:LONGEST] for name in ("summary", "remedy", "code")}
     evidence = {
-        str(name)[:100]: value if isinstance(value, (int, float)) else _in_words(value)
+        str(name)[:100]: value if isinstance(value, (int, float)) else in_words(value)
         for name, value in list(data["evidence"].items())[:40]
         if value is not None and value != ""
     }
