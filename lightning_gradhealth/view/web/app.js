@@ -99,6 +99,7 @@ export class App {
     this.measure();
     this.showStatus();
     this.paint();
+    performance.mark("gradhealth-painted");
     this.x.listeners.add(() => this.later());
     this.y.listeners.add(() => this.later());
     await this.pick(...this.startingPoint(asked));
