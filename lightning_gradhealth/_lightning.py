@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -227,6 +227,72 @@ def announcer(trainer: pl.Trainer) -> Callable[[str], None]:
 def _print(bar: ProgressBar, line: str) -> None:
     """Print as it is: for a rich console `[/x]` in a layer's name would be markup."""
     bar.print(Text(line) if isinstance(bar, RichProgressBar) else line)
+
+
+# what a bar shows its metrics by; one that does it in a way of its own may take nothing but numbers
+_SHOWN_BY: dict[type[ProgressBar], tuple[str, ...]] = {
+    TQDMProgressBar: ("on_train_batch_end", "on_train_epoch_end", "on_validation_end"),
+    RichProgressBar: ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "_update_metrics"),
+}
+
+
+class BarLines:
+    """Stands in for `get_metrics` of a progress bar, and adds lines of text to what that gives.
+
+    `self.log` takes numbers only, and what it takes goes to loggers; here nothing but what the bar shows is changed.
+
+    Args:
+        bar: The bar.
+    """
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self._bar = bar
+        self.lines: dict[str, Callable[[], str]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        shown = type(self._bar).get_metrics(self._bar, *args, **kwargs)
+        if not isinstance(shown, dict):  # a bar of the user's may give anything
+            return shown
+        ours = {name: text for name, line in self.lines.items() if name not in shown and (text := line())}
+        return {**shown, **ours}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy adds nothing: the run stays here."""
+        return {"_bar": self._bar, "lines": {}}
+
+
+def show_in_bar(trainer: pl.Trainer, name: str, line: Callable[[], str]) -> None:
+    """Show a line of text among the metrics in the Trainer's progress bar, where it has one of Lightning's.
+
+    Args:
+        trainer: The Trainer.
+        name: What stands before the line; a metric of the user's that has this name is shown in its place.
+        line: Gives the line whenever the bar is drawn; an empty one is not shown.
+    """
+    bar = trainer.progress_bar_callback
+    known = next((kind for kind in _SHOWN_BY if isinstance(bar, kind)), None)
+    if bar is None or known is None or not trainer.is_global_zero:
+        return
+    own_way = any(getattr(type(bar), method) is not getattr(known, method) for method in _SHOWN_BY[known])
+    if not own_way:
+        lines = vars(bar).setdefault("get_metrics", BarLines(bar))
+        if isinstance(lines, BarLines):
+            lines.lines[name] = line
+
+
+def hide_from_bar(trainer: pl.Trainer, name: str) -> None:
+    """Show a line no longer; a bar without lines is as it was.
+
+    Args:
+        trainer: The Trainer.
+        name: The line's name.
+    """
+    bar = trainer.progress_bar_callback
+    lines = None if bar is None else vars(bar).get("get_metrics")
+    if isinstance(lines, BarLines):
+        lines.lines.pop(name, None)
+        if not lines.lines:
+            del vars(bar)["get_metrics"]
 
 
 def report_folder(trainer: pl.Trainer, wanted: str | os.PathLike[str] | None) -> Path | None:

@@ -23,6 +23,7 @@ from lightning_gradhealth.loggers import LoggerSink, LogLayers, prefix_of
 from lightning_gradhealth.messages import printable, reason_of, say
 from lightning_gradhealth.preflight import copied, examine, of_step
 from lightning_gradhealth.records import FlowReport, HealthReport, StepRecord
+from lightning_gradhealth.reports.rendering import status
 from lightning_gradhealth.response import OnNonFinite
 from lightning_gradhealth.rules import Rule, Thresholds
 from lightning_gradhealth.session import DEFAULT_CADENCE, NO_LOSS, HealthSession
@@ -144,6 +145,8 @@ class GradHealth(Callback):
         self._losses = _lightning.BackwardLosses()
         self._batches = 0
         self._stem = "report"
+        self._status = ""  # for the progress bar, as of the last logged step
+        self._bar_name = "grad_health"
         self._preflight: FlowReport | None = None
 
     # --- lifecycle ---
@@ -157,7 +160,8 @@ class GradHealth(Callback):
             mine = [callback for callback in trainer.callbacks if isinstance(callback, GradHealth)]  # type: ignore[attr-defined]
             number = next((place for place, callback in enumerate(mine) if callback is self), 0)
             self._sink = LoggerSink(self.log_layers, prefix_of(number))
-            self._stem = "report" if number == 0 else f"report-{number + 1}"
+            suffix = "" if number == 0 else f"-{number + 1}"
+            self._stem, self._bar_name = f"report{suffix}", f"grad_health{suffix}"
             self._ran, self._shared.last = True, self
 
     @never_fatal(together=True)
@@ -181,6 +185,7 @@ class GradHealth(Callback):
         if not self._load():  # it may be half loaded: start afresh, but do watch, and do what was asked for
             self._session.close()
             self._session = self._watch(trainer, pl_module)
+        _lightning.show_in_bar(trainer, self._bar_name, self._bar_line)
         if self.preflight:
             self._diagnose(trainer, pl_module, batch, batch_idx)
         self._session.open_probe()
@@ -325,7 +330,7 @@ class GradHealth(Callback):
         """Judge a run that dies, or is interrupted, up to its last step."""
         self._conclude(trainer)
         self._keep(trainer)
-        self._release()
+        self._release(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove every hook and let the model go; the report and the state stay."""
@@ -333,7 +338,7 @@ class GradHealth(Callback):
             self._restore(trainer, pl_module)
         if stage == "fit":
             self._keep(trainer)
-            self._release()
+            self._release(trainer)
 
     def _keep(self, trainer: pl.Trainer) -> None:
         """Write the report of a run that has ended, however it did; what fails is told, and no more."""
@@ -377,10 +382,18 @@ class GradHealth(Callback):
 
     def _log(self, trainer: pl.Trainer, record: StepRecord) -> None:
         logs = trainer.loggers and _lightning.log_cadence(trainer) is not None
-        if self._session is not None and logs and not self.guard.aside:
-            self._sink.write(trainer.loggers, record, self._session.findings, self._session.active_conditions)
+        if self._session is None or self.guard.aside or not (logs or trainer.progress_bar_callback):
+            return
+        findings, active = self._session.findings, self._session.active_conditions
+        self._status = status(findings, active, watched=not self._session.judgement.unwatched)
+        if logs:
+            self._sink.write(trainer.loggers, record, findings, active)
             if self.report_dir is not None and trainer.is_global_zero:
                 self._sink.keep_up(trainer.loggers, self.report)
+
+    def _bar_line(self) -> str:
+        """What the progress bar says of the run; nothing before the first logged step."""
+        return "not watched" if self.guard.aside else self._status
 
     def _accompany(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         """Having stepped aside, take part in what the other ranks would wait for."""
@@ -388,8 +401,9 @@ class GradHealth(Callback):
             with contextlib.suppress(Exception):  # it has been told already
                 self._session.accompany(optimizer)
 
-    def _release(self) -> None:
+    def _release(self, trainer: pl.Trainer) -> None:
         """Keep what is asked for after a fit, and nothing else."""
+        _lightning.hide_from_bar(trainer, self._bar_name)
         self._report, self._state = self.report(), self.state_dict()
         if self._session is not None:
             try:

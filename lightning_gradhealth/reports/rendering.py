@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -49,6 +49,29 @@ def evidence(finding: Finding) -> str:
         f"{printable(name, 60).replace('_', ' ')} {figure(value) if isinstance(value, float) else in_words(value, 3)}"
         for name, value in known[:20]
     )
+
+
+def status(findings: Iterable[Finding], active: Container[str], *, watched: bool = True) -> str:
+    """The worst of the findings that hold now, in a few words.
+
+    Args:
+        findings: All findings.
+        active: The conditions that hold now.
+        watched: All that can be is still watched.
+
+    Example:
+        >>> spike = Finding("loss_spike", Severity.WARNING, (), 120, 125)
+        >>> status([spike], {"loss_spike"}), status([spike], ()), status([], ())
+        ('loss_spike since 120', 'healthy again', 'healthy')
+    """
+    grave = [finding for finding in findings if finding.severity is not Severity.INFO]
+    now = [finding for finding in grave if str(finding.condition) in active]
+    if not now and not watched:
+        return "partly watched"
+    if not now:
+        return "healthy again" if grave else "healthy"
+    worst = min(now, key=lambda finding: (-finding.severity.rank, finding.first_step))
+    return f"{printable(worst.condition, 60)} since {worst.first_step}"
 
 
 def since(finding: Finding) -> str:
