@@ -40,6 +40,7 @@ def test_every_python_block_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     model = Classifier(mlp())
     names: dict[str, Any] = {
         "model": model,
@@ -49,7 +50,7 @@ def test_every_python_block_runs(
         "gh": gh,
     }
     blocks = python_blocks()
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     for block in blocks:
         run(block, names)
     assert "True" in capsys.readouterr().out
@@ -86,6 +87,26 @@ def test_a_report_is_that_of_the_code(mark: str, width: int, report: str) -> Non
             assert float(ours) == pytest.approx(float(theirs), rel=0.02), to_paste
         except ValueError:
             assert ours == theirs, to_paste
+
+
+def test_the_first_screen_says_what_the_code_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Up to the figures, which depend on how torch draws on this machine."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    code, shown = re.search(
+        r"<!-- the first screen -->\n```python\n(.*?)```\n\n```text\n(.*?)```", README, re.S
+    ).groups()
+    assert len([line for line in code.splitlines() if line]) == 8
+    torch.manual_seed(0)
+    run(code, {})
+    printed = capsys.readouterr().out[-2_000:]
+    place, summary, *fix = shown.splitlines()
+    condition = place.split(" in ")[0]
+    assert f"{condition} in net.0 … net." in printed
+    assert summary.split(":")[0] in printed
+    assert printed.rstrip().endswith("\n".join(fix))
 
 
 def test_a_large_model_gets_the_weights_of_one_process() -> None:

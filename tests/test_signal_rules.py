@@ -135,7 +135,7 @@ def test_a_layer_that_lets_nothing_through_is_vanishing_in_the_long_run() -> Non
     assert not judged(signals(backward=blocked, step=step) for step in range(20))  # a head that starts at zero
     finding = judged(signals(backward=blocked, step=step) for step in range(30))[Condition.VANISHING_GRADIENTS]
     assert (finding.severity, finding.layers) == (Severity.CRITICAL, tuple(f"l{i}" for i in range(8)))
-    assert "nothing reaches l0" in finding.summary
+    assert "the signal at l0 is exactly 0" in finding.summary
     healed = [signals(backward=blocked if step < 15 else [1.0] * 9, step=step) for step in range(60)]
     assert not judged(healed)
 

@@ -165,7 +165,7 @@ class _Depth(Rule):
         share = (
             f"the signal at {first.name} is {found.ratio:.1e} of that at {last.name}"
             if found.ratio
-            else f"nothing reaches {first.name}"
+            else f"the signal at {first.name} is exactly 0"
         )
         reach = f", gain {found.gain:.2g} per layer" if found.gain is not None else ""
         verb = "vanish" if self.vanishing else "explode"

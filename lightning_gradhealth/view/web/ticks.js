@@ -6,7 +6,7 @@ const power = (k) => "10" + Array.from(String(k), (c) => SUPERSCRIPTS[c]).join("
 /** About `n` round numbers between two ends, as pairs of value and text. */
 export function evenTicks(a, b, n, whole = false) {
   const [low, high] = a < b ? [a, b] : [b, a];
-  if (!(high > low)) return [[low, label(low)]];
+  if (!(high > low)) return [[low, label(low, whole ? 1 : 0)]];
   const raw = (high - low) / Math.max(1, n);
   const unit = 10 ** Math.floor(Math.log10(raw));
   let step = [1, 2, 5, 10].find((k) => k * unit >= raw * 0.999) * unit;
@@ -20,7 +20,8 @@ function label(value, step = 0) {
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e6 || size < 1e-4) return value.toExponential(1).replace(".0e", "e").replace("e+", "e");
-  const digits = step ? Math.max(0, Math.min(6, Math.ceil(-Math.log10(step) - 1e-9))) : 3;
+  if (!step) return value.toLocaleString("en", { maximumSignificantDigits: 3 });
+  const digits = Math.max(0, Math.min(6, Math.ceil(-Math.log10(step) - 1e-9)));
   return value.toLocaleString("en", { maximumFractionDigits: digits });
 }
 
