@@ -307,6 +307,7 @@ class OptimizerStats(Record):
         optimizer: Its index.
         name: Its class.
         momentum: The largest momentum of its groups, of SGD and its like (None: it has none to set).
+        scheduled: A schedule sets its learning rate.
 
     Example:
         >>> OptimizerStats(0, "SGD", momentum=0.9).name
@@ -316,6 +317,7 @@ class OptimizerStats(Record):
     optimizer: int
     name: str = ""
     momentum: float | None = None
+    scheduled: bool = False
 
 
 @dataclass(frozen=True)

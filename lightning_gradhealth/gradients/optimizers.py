@@ -234,11 +234,12 @@ def described(number: int, optimizer: Optimizer) -> tuple[OptimizerStats, tuple[
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(1))
         >>> described(0, torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.01))
-        (OptimizerStats(optimizer=0, name='SGD', momentum=0.9), (0.01,))
+        (OptimizerStats(optimizer=0, name='SGD', momentum=0.9, scheduled=False), (0.01,))
     """
     groups = optimizer.param_groups
     momenta = [value for group in groups if (value := _plain(group.get("momentum"))) is not None]
-    stats = OptimizerStats(number, type(optimizer).__name__, max(momenta, default=None))
+    scheduled = any("initial_lr" in group for group in groups)  # what every schedule of torch leaves there
+    stats = OptimizerStats(number, type(optimizer).__name__, max(momenta, default=None), scheduled)
     return stats, tuple(_plain(group.get("weight_decay")) for group in groups)
 
 

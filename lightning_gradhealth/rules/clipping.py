@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning_gradhealth.records import Condition, Severity, StepRecord, StepStats
 from lightning_gradhealth.rules.base import Rule, Verdict
-from lightning_gradhealth.rules.remedies import in_groups
+from lightning_gradhealth.rules.course import follow_schedules, is_scheduled
+from lightning_gradhealth.rules.remedies import at_rate
 
 
 class AdaptiveClipping(Rule):
@@ -16,6 +17,7 @@ class AdaptiveClipping(Rule):
     def check(self, record: StepRecord) -> Verdict | None:
         """Keep account; speak of new spikes, while a gate is open, and once more when it closes."""
         memory = self.memory
+        follow_schedules(self, record)
         gated = [step for step in record.window if step.armed is not None]
         if not gated:  # no gate in this run; a checkpoint may come from one that had it
             memory["open"] = []
@@ -32,7 +34,7 @@ class AdaptiveClipping(Rule):
         return Verdict(
             severity=Severity.WARNING if lives_on_it else Severity.INFO,
             summary=self._account(),
-            code=in_groups('group["lr"] *= 0.1') if lives_on_it else "",
+            code=at_rate("*", 0.1, scheduled=is_scheduled(self)) if lives_on_it else "",
             remedy=(
                 "a smaller learning rate (a tenth) or a warm-up of it, a normalisation layer or"
                 " gh.init_weights(model, batch): the run lives on being clipped"

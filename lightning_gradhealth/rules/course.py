@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lightning_gradhealth.ratios import median
@@ -99,6 +99,7 @@ class Updates:
         rate: The largest learning rate so far (None: not known).
         optimizer: Number of the optimizer that takes these steps, where there are several.
         clipped: Something clips the gradients already, be it the Trainer or the session.
+        scheduled: A schedule sets the learning rate.
     """
 
     first: float
@@ -108,6 +109,7 @@ class Updates:
     rate: float | None
     optimizer: int | None = None
     clipped: bool = False
+    scheduled: bool = False
 
     @property
     def share(self) -> float:
@@ -160,6 +162,7 @@ def follow_updates(rule: Rule, record: StepRecord) -> None:
         record: The record at hand.
     """
     rule.memory["clipped"] = rule.memory.get("clipped", False) or any(_is_clipped(step) for step in record.window)
+    follow_schedules(rule, record)
     moved = [layer for layer in record.layers if not layer.frozen]
     for number in sorted({layer.optimizer or 0 for layer in moved}):
         layers = [layer for layer in moved if (layer.optimizer or 0) == number]
@@ -173,6 +176,30 @@ def follow_updates(rule: Rule, record: StepRecord) -> None:
             kept[2:4] = [size, record.step]
         if rate is not None:
             kept[4] = max(rate, kept[4] or 0.0)
+
+
+def follow_schedules(rule: Rule, record: StepRecord) -> None:
+    """Keep which optimizers have their rate set by a schedule in the memory of a rule.
+
+    Args:
+        rule: The rule.
+        record: The record at hand.
+    """
+    if found := sorted(each.optimizer for each in record.optimizers if each.scheduled):
+        rule.memory["scheduled"] = found
+
+
+def is_scheduled(rule: Rule) -> bool:
+    """Whether a schedule sets a learning rate.
+
+    Args:
+        rule: The rule, which follows the schedules or the updates.
+
+    Example:
+        >>> is_scheduled(Rule())
+        False
+    """
+    return bool(rule.memory.get("scheduled"))
 
 
 def _is_clipped(step: StepStats) -> bool:
@@ -189,11 +216,44 @@ def followed_updates(rule: Rule) -> Updates | None:
     """
     kept = rule.memory.get("the updates", {})
     several, clipped = len(kept) > 1, bool(rule.memory.get("clipped", False))
+    scheduled = rule.memory.get("scheduled", [])
     known = [
-        Updates(first, first_rate, largest, at, rate, int(number) if several else None, clipped)
+        Updates(
+            first, first_rate, largest, at, rate, int(number) if several else None, clipped, int(number) in scheduled
+        )
         for number, (first, first_rate, largest, at, rate) in kept.items()
     ]
     return max(known, key=lambda updates: max(updates.share, updates.largest), default=None)
+
+
+def follow_weights(rule: Rule, record: StepRecord) -> None:
+    """Keep the size that the weights of each layer had when they were first seen in the memory of a rule.
+
+    Args:
+        rule: The rule.
+        record: The record at hand.
+    """
+    known = rule.memory.setdefault("the first weights", {})
+    for layer in record.layers:
+        if layer.matrix_rms is not None and layer.matrix_rms > 0.0:
+            known.setdefault(layer.name, layer.matrix_rms)
+
+
+def shrunken(rule: Rule, record: StepRecord, layers: Collection[str]) -> bool:
+    """Whether the weights of most of some layers have come down to less than half of what they were at first.
+
+    Args:
+        rule: The rule, which follows the weights.
+        record: The record at hand.
+        layers: The layers.
+    """
+    known = rule.memory.get("the first weights", {})
+    shares = [
+        layer.matrix_rms / known[layer.name]
+        for layer in record.layers
+        if layer.name in layers and layer.name in known and layer.matrix_rms is not None
+    ]
+    return median(shares) < 0.5
 
 
 def rounded(value: float) -> float:

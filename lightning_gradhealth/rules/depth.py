@@ -17,7 +17,14 @@ from lightning_gradhealth.rules.base import (
     Verdict,
     by_optimizer,
 )
-from lightning_gradhealth.rules.course import follow_loss, follow_updates, followed_updates, has_learned
+from lightning_gradhealth.rules.course import (
+    follow_loss,
+    follow_updates,
+    follow_weights,
+    followed_updates,
+    has_learned,
+    shrunken,
+)
 from lightning_gradhealth.rules.remedies import Makeup, Remedy, for_decay, for_depth, for_depth_in_training
 
 BACK, FORTH = "on the way to the first layers", "on the way to the last layers"
@@ -118,6 +125,7 @@ class _Depth(Rule):
         """Judge every chain that is long enough; the worst one counts."""
         follow_loss(self, record)
         follow_updates(self, record)
+        follow_weights(self, record)
         answers = [self._judge(chain, record) for chain in self._chains(record)]
         verdicts = [answer for answer in answers if answer is not None]
         worst = max(verdicts, key=lambda verdict: Severity(verdict.severity).rank, default=None)
@@ -153,11 +161,14 @@ class _Depth(Rule):
 
     def _remedy(self, record: StepRecord, layers: Collection[str]) -> Remedy:
         """By whether it was there from the start, or came with training."""
-        start, limit = self.memory.get("at_start"), math.sqrt(self.thresholds.depth_ratio)
-        decay = for_decay(record, layers, followed_updates(self)) if self.vanishing else None
-        if start is None or not (start > limit if self.vanishing else start < 1.0 / limit):
-            return decay or for_depth(self.vanishing, Makeup.of(record, layers))
-        return for_depth_in_training(followed_updates(self), decay, start)
+        start, limit, updates = self.memory.get("at_start"), self.thresholds.depth_ratio, followed_updates(self)
+        shrunk = shrunken(self, record, layers)
+        decay = for_decay(record, layers, updates, shrunk=shrunk) if self.vanishing else None
+        good = start is not None and (start if self.vanishing else 1.0 / start) > math.sqrt(limit)
+        weak = start is not None and not good and (start if self.vanishing else 1.0 / start) > limit
+        if good or (weak and updates is not None and updates.fast):
+            return for_depth_in_training(updates, decay, start, weak=weak)
+        return decay or for_depth(self.vanishing, Makeup.of(record, layers))
 
     def _verdict(self, found: DepthVerdict, points: Sequence[ChainPoint], record: StepRecord, way: str) -> Verdict:
         """In words. `points` are in the order of `found`: the signal travels from the last to the first."""

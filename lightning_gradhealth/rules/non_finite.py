@@ -8,8 +8,8 @@ from typing import Any
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, Severity, StepRecord, StepStats
 from lightning_gradhealth.rules.base import NotMeasured, Rule, Verdict, keep_last
-from lightning_gradhealth.rules.course import follow_updates, followed_updates, rounded
-from lightning_gradhealth.rules.remedies import Remedy, for_rate, in_groups
+from lightning_gradhealth.rules.course import follow_updates, followed_updates, is_scheduled, rounded
+from lightning_gradhealth.rules.remedies import Remedy, at_rate, for_rate
 
 KEPT = 20  # norms and losses before the first NaN: enough to tell a growth from noise
 LOOK = "log(0), 0/0, sqrt(0), exp() of large values, or bad rows in the batch of step"
@@ -185,7 +185,8 @@ class NonFinite(Rule):
             return Remedy(
                 f"the gradient norm was {norm:.2g} before it, beyond any that trains: {clip}; a smaller learning rate"
                 f" with a warm-up; Trainer(gradient_clip_val={limit:g})",
-                in_groups('group["lr"] *= 0.1') + f'\ntrainer_arguments["gradient_clip_val"] = {limit:g}',
+                at_rate("*", 0.1, scheduled=is_scheduled(self))
+                + f'\ntrainer_arguments["gradient_clip_val"] = {limit:g}',
             )
         updates = followed_updates(self)
         rate = for_rate(updates)

@@ -112,6 +112,28 @@ def in_groups(change: str) -> str:
     return f"for group in optimizer.param_groups: {change}"
 
 
+def at_rate(operation: str, number: float, *, scheduled: bool) -> str:
+    """Code that gives every parameter group another learning rate; at each step, where a schedule sets it.
+
+    Args:
+        operation: What is done with it, as "*" or "or".
+        number: And with what.
+        scheduled: A schedule would write over what is set once.
+
+    Example:
+        >>> at_rate("*", 0.1, scheduled=False)
+        'for group in optimizer.param_groups: group["lr"] *= 0.1'
+    """
+    value = f'group["lr"] {operation} {number:g}'
+    if not scheduled:
+        return in_groups(f'group["lr"] *= {number:g}' if operation == "*" else f'group["lr"] = {value}')
+    pre, post = f'group.update(set=group["lr"], lr={value})', 'group.update(lr=group.pop("set"))'
+    return "\n".join(
+        f"optimizer.register_step_{when}_hook(lambda o, *_: [{change} for group in o.param_groups] and None)"
+        for when, change in (("pre", pre), ("post", post))
+    )
+
+
 # --- the rate ----------------------------------------------------------------------------------------------
 
 
@@ -128,8 +150,11 @@ def for_rate(updates: Updates | None, more: str = "") -> Remedy:
         >>> for_rate(None).code
         'for group in optimizer.param_groups: group["lr"] *= 0.1'
     """
+    scheduled = updates is not None and updates.scheduled
+    by_schedule = "; the schedule sets it: multiply what that is given (max_lr of OneCycleLR)" if scheduled else ""
     if updates is None or not updates.fast:
-        return Remedy(f"a smaller learning rate (a tenth) and a warm-up of it{more}", in_groups('group["lr"] *= 0.1'))
+        code = at_rate("*", 0.1, scheduled=scheduled)
+        return Remedy(f"a smaller learning rate (a tenth) and a warm-up of it{by_schedule}{more}", code)
     start = f"{updates.first:.2g} of their size"
     whose = "" if updates.optimizer is None else f" of optimizer {updates.optimizer}"
     if updates.unscaled:
@@ -140,18 +165,21 @@ def for_rate(updates: Updates | None, more: str = "") -> Remedy:
         start += f" at first and by {updates.largest:.2g} at step {updates.at}"
     return Remedy(
         f"a smaller learning rate{whose} (x {updates.factor:g}) and a warm-up of it: a step moved the weights by"
-        f" {start}, where near 1e-3 is usual{more}",
-        in_groups(f'group["lr"] *= {updates.factor:g}'),
+        f" {start}, where near 1e-3 is usual{by_schedule}{more}",
+        at_rate("*", updates.factor, scheduled=scheduled),
     )
 
 
-def for_decay(record: StepRecord, layers: Collection[str], updates: Updates | None = None) -> Remedy | None:
+def for_decay(
+    record: StepRecord, layers: Collection[str], updates: Updates | None = None, *, shrunk: bool = False
+) -> Remedy | None:
     """What to do about weights that decay takes away; None where it takes no more than a thousandth at a step.
 
     Args:
         record: The record.
         layers: The layers that shrink.
         updates: How far the steps move the weights, if decay has to be the larger part of it to be to blame.
+        shrunk: These layers have lost more than half of their size already.
     """
     momenta = {stats.optimizer: stats.momentum or 0.0 for stats in record.optimizers if stats.name == "SGD"}
     worst: tuple[float, float, float] | None = None
@@ -160,15 +188,28 @@ def for_decay(record: StepRecord, layers: Collection[str], updates: Updates | No
             share = layer.learning_rate / max(1e-3, 1.0 - momenta.get(layer.optimizer or 0, 0.0))
             if worst is None or share * layer.weight_decay > worst[0]:
                 worst = share * layer.weight_decay, layer.weight_decay, 5e-5 / share
-    least = 1e-3 if updates is None else max(1e-3, updates.share / 2)
+    least = 1e-3 if updates is None or shrunk else max(1e-3, updates.share / 2)
+    if worst is not None and worst[0] < least and shrunk and _divides(record, layers):
+        return Remedy(
+            f"weight_decay={worst[1] / 100:g} in place of {worst[1]:g}, which has taken more than half of the weights:"
+            " Adam and its like divide it by the size of the gradients, too, where AdamW does not",
+            in_groups(f'group["weight_decay"] = min(group["weight_decay"], {worst[1] / 100:g})'),
+        )
     if worst is None or worst[0] < least:
         return None
     share, decay, better = worst[0], worst[1], rounded(worst[2])
     return Remedy(
         f"weight_decay={better:g} in place of {decay:g}, which takes {share:.2g} of every weight at each step (rate x"
         " decay, over 1 - momentum)",
-        in_groups(f'group["weight_decay"] = {better:g}'),
+        in_groups(f'group["weight_decay"] = min(group["weight_decay"], {better:g})'),
     )
+
+
+def _divides(record: StepRecord, layers: Collection[str]) -> bool:
+    """Whether some layers are stepped by an optimizer that divides the decay by the size of the gradients."""
+    numbers = {layer.optimizer for layer in record.layers if layer.name in layers}
+    coupled = ("Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
+    return any(each.name in coupled for each in record.optimizers if each.optimizer in numbers)
 
 
 # --- over depth --------------------------------------------------------------------------------------------
@@ -212,22 +253,27 @@ def for_depth(vanishing: bool, makeup: Makeup) -> Remedy:
     return Remedy(words if vanishing else f"{words}; {CLIP} meanwhile", code)
 
 
-def for_depth_in_training(updates: Updates | None, decay: Remedy | None, before: float | None) -> Remedy:
+def for_depth_in_training(
+    updates: Updates | None, decay: Remedy | None, before: float | None, *, weak: bool = False
+) -> Remedy:
     """What to do where a signal was sound at first, and vanishes or explodes by what training has done.
 
     Args:
         updates: How far steps have moved the weights.
         decay: What to do about weight decay, if it takes too much.
         before: What the signal was at the start: the far end over the near one.
+        weak: It was none too good then.
 
     Example:
         >>> for_depth_in_training(None, None, 0.8).words[:55]
         'it was sound at the start (0.8) and came with training:'
     """
-    start = "it was sound at the start" + (f" ({before:.2g})" if before is not None else "") + " and came with training"
+    start = "it was weak at the start" if weak else "it was sound at the start"
+    start += (f" ({before:.2g})" if before is not None else "") + " and came with training"
     if decay is not None:
         return Remedy(f"{start}: {decay.words}", decay.code)
-    rate = for_rate(updates, "" if updates is not None and updates.clipped else f"; {CLIP}")
+    more = "" if updates is not None and updates.clipped else f"; {CLIP}"
+    rate = for_rate(updates, f"{more}; then {INIT}" if weak else more)
     # where steps are small, something else has happened that no rate undoes
     return Remedy(f"{start}: {rate.words}", rate.code if updates is None or updates.fast else "")
 

@@ -11,10 +11,12 @@ from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Ver
 from lightning_gradhealth.rules.course import (
     follow_loss,
     follow_updates,
+    follow_weights,
     followed_losses,
     followed_updates,
     has_learned,
     is_learning,
+    shrunken,
 )
 from lightning_gradhealth.rules.remedies import (
     LARGE_INPUT,
@@ -43,6 +45,7 @@ class _Units(Rule):
         """Judge the layers whose units were measured."""
         follow_loss(self, record)
         follow_updates(self, record)
+        follow_weights(self, record)
         known = [(layer, getattr(layer, self.fraction)) for layer in record.layers]
         measured = [(layer, share) for layer, share in known if share is not None]
         if not measured:
@@ -126,7 +129,8 @@ class DeadUnits(_Units):
     def _remedy(self, layers: list[LayerStats], record: StepRecord, *, came: bool) -> Remedy:
         makeup = Makeup.of(record, [layer.name for layer in layers])
         updates = followed_updates(self)
-        decay = for_decay(record, [layer.name for layer in layers], updates)
+        names = [layer.name for layer in layers]
+        decay = for_decay(record, names, updates, shrunk=shrunken(self, record, names))
         return for_dead(layers, makeup, updates, decay, died=came)
 
 

@@ -12,13 +12,17 @@ from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Thr
 from lightning_gradhealth.rules.course import (
     USUAL_UPDATE,
     follow_loss,
+    follow_schedules,
     follow_updates,
+    follow_weights,
     followed_losses,
     followed_updates,
     has_learned,
+    is_scheduled,
     rounded,
+    shrunken,
 )
-from lightning_gradhealth.rules.remedies import Remedy, for_decay, for_rate, in_groups
+from lightning_gradhealth.rules.remedies import Remedy, at_rate, for_decay, for_rate, in_groups
 
 
 def _measured_updates(layers: list[LayerStats]) -> list[tuple[LayerStats, float]]:
@@ -56,6 +60,7 @@ class OversizedUpdates(Rule):
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Judge the updates of every optimizer; those that are merely large have to stay so for some steps."""
         follow_updates(self, record)
+        follow_weights(self, record)
         follow_loss(self, record)
         young = zero_born(self, record)
         chains = [
@@ -79,7 +84,8 @@ class OversizedUpdates(Rule):
         chain, hit = (at_once or large)[0]
         size = median(value for layer, value in chain if layer.name in hit)
         rates = (layer.learning_rate for layer, _ in chain if layer.learning_rate is not None)
-        remedy = for_rate(followed_updates(self))
+        shrunk = shrunken(self, record, hit) and for_decay(record, hit, shrunk=True)  # small weights: large steps
+        remedy = shrunk or for_rate(followed_updates(self))
         harmless = self._was_no_hindrance()
         verdict = Verdict(
             severity=Severity.INFO if harmless else Severity.CRITICAL if at_once else Severity.WARNING,
@@ -134,6 +140,7 @@ class StalledLayers(Rule):
 
     def check(self, record: StepRecord) -> Verdict | NotMeasured | None:
         """Compare the updates of the layers of each optimizer."""
+        follow_schedules(self, record)
         chains = [
             chain
             for layers in by_optimizer(record)
@@ -209,7 +216,7 @@ class StalledLayers(Rule):
             return Remedy(
                 f"their parameter group has a learning rate of 0: give it one, as the {rate:g} of the others; or leave"
                 " it at that, with requires_grad_(False), if they are to stay as they are",
-                in_groups(f'group["lr"] = group["lr"] or {rate:g}'),
+                at_rate("or", rate, scheduled=is_scheduled(self)),
             )
         return Remedy(
             "see what keeps the gradient from them (vanishing gradients, dead units);"
@@ -265,7 +272,7 @@ class StalledLayers(Rule):
                 if rate
                 else "a learning rate above 0: it is 0 in every parameter group"
             ),
-            code=in_groups(f'group["lr"] *= {factor:g}') if factor and rate else "",
+            code=at_rate("*", factor, scheduled=is_scheduled(self)) if factor and rate else "",
             layers=layers,
             evidence=evidence,
         )

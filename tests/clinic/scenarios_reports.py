@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from clinic import Built, must, scenario
-from nets import Task, adam, classes, classifier, regressor, sgd, stack, values
+from nets import HE, Task, adam, classes, classifier, regressor, scaled, sgd, stack, values
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -119,3 +119,126 @@ def skipping() -> Built:
 @scenario("half of the units dead, and learning", 150, noted=("dead_units",))
 def half_dead() -> Built:
     return classifier(_mostly_dead(42), adam(3e-3)), classes(150)
+
+
+# --- the rate of eight GPUs on one ---------------------------------------------------------------------------
+
+BROKEN = (
+    *("dead_units", "vanishing_gradients", "vanishing_activations", "exploding_gradients", "exploding_activations"),
+    *("loss_spike", "stalled_loss", "stalled_layers"),
+)
+EIGHT_GPUS = "open-mmlab/mmdetection#1710, #4616"
+
+
+def _boxes(steps: int, batch: int = 4) -> list[Any]:
+    """Images with one square each; the targets are its place and its brightness, in tens."""
+    batches = []
+    for _ in range(steps):
+        y, x = torch.rand(batch, 4), torch.zeros(batch, 3, 8, 8)
+        for image, (row, column, light, _) in zip(x, y.tolist(), strict=True):
+            image[:, int(6 * row) : int(6 * row) + 2, int(6 * column) : int(6 * column) + 2] = 1 + light
+        batches.append((3 * x, 10 * y))
+    return batches
+
+
+def _detector(lr: float) -> Built:
+    convs = [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1)]
+    parts = [convs[0], nn.ReLU(), convs[1], nn.ReLU(), nn.MaxPool2d(2), convs[2], nn.ReLU(), nn.Flatten()]
+    net = nn.Sequential(*parts, nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 4))
+    loss = lambda output, y: functional.smooth_l1_loss(output, y, beta=1 / 9, reduction="sum")  # noqa: E731
+    return Task(net, loss, sgd(lr, momentum=0.9)), _boxes(150)
+
+
+@scenario(
+    "detector at eight times the rate",
+    150,
+    must=(must("dead_units", "oversized_updates", by=40),),
+    allow=(*BROKEN, "oversized_updates"),
+    units={r"net\.[0258]": "relu"},
+    report=EIGHT_GPUS,
+)
+def detector_too_fast() -> Built:
+    return _detector(0.1)
+
+
+@scenario("detector at its rate", 150, report=EIGHT_GPUS)
+def detector() -> Built:
+    return _detector(2.5e-4)
+
+
+# --- a schedule that rises too high --------------------------------------------------------------------------
+
+
+def _one_cycle(top: float) -> Built:
+    def cycle(net: nn.Module) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=top, total_steps=150)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    return classifier(stack(4), cycle), classes(150)
+
+
+RISEN = (*BROKEN, "oversized_updates", "growing_weights", "non_finite")
+
+
+@scenario(
+    "one-cycle schedule up to a rate of 30", 100, must=(must("oversized_updates", "exploding_gradients"),), allow=RISEN
+)
+def one_cycle_too_high() -> Built:
+    return _one_cycle(30.0)
+
+
+@scenario("warm-up to a rate of 10 with Adam", 100, must=(must("oversized_updates", by=20),), allow=BROKEN)
+def warm_up_too_high() -> Built:
+    def rising(net: nn.Module) -> dict[str, Any]:
+        optimizer = torch.optim.Adam(net.parameters(), lr=10.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    return classifier(stack(4), rising), classes(100)
+
+
+# --- decay that spares the biases ----------------------------------------------------------------------------
+
+SHRUNK = ("vanishing_gradients", "vanishing_activations", "stalled_loss", "stalled_layers", "collapsing_weights")
+
+
+def _sparing(kind: Any, decay: float, lr: float) -> Built:
+    """Weights decay, biases do not: where the weights are gone, units with negative biases are never active."""
+
+    def groups(net: nn.Module) -> torch.optim.Optimizer:
+        weights = [parameter for parameter in net.parameters() if parameter.ndim > 1]
+        biases = [parameter for parameter in net.parameters() if parameter.ndim < 2]
+        return kind([{"params": weights, "weight_decay": decay}, {"params": biases, "weight_decay": 0.0}], lr=lr)
+
+    return classifier(scaled(stack(4), HE, bias=-0.2), groups), classes(200)
+
+
+DIED = {r"net\.[024]": "relu"}
+
+
+@scenario(
+    "decay of SGD kills units",
+    200,
+    must=(must("dead_units", layers=r"net\.[024]", by=150),),
+    allow=SHRUNK,
+    units=DIED,
+)
+def decay_kills() -> Built:
+    return _sparing(torch.optim.SGD, 0.5, 0.05)
+
+
+@scenario(
+    "decay inside Adam kills units",
+    200,
+    must=(must("dead_units", layers=r"net\.[024]", by=190),),
+    allow=SHRUNK,
+    units=DIED,
+)
+def decay_inside_adam_kills() -> Built:
+    return _sparing(torch.optim.Adam, 0.5, 3e-3)
+
+
+@scenario("decay of AdamW that spares the biases", 200, units=DIED)
+def decay_spares() -> Built:
+    return _sparing(torch.optim.AdamW, 0.1, 3e-3)

@@ -43,6 +43,16 @@ CASES = [
     ("sigmoid gates shut by their biases", "saturated_units", "bias"),
     ("hardtanh beyond its limits", "saturated_units", "init_weights"),
     ("attention collapsed: logits x 300", "saturated_units", "init_weights"),
+    ("detector at eight times the rate", "oversized_updates", '"lr"'),
+    ("detector at eight times the rate", "dead_units", '"lr"'),
+    ("detector at eight times the rate", "vanishing_gradients", '"lr"'),
+    ("one-cycle schedule up to a rate of 30", "oversized_updates", "step_pre_hook"),
+    ("one-cycle schedule up to a rate of 30", "exploding_gradients", "step_pre_hook"),
+    ("warm-up to a rate of 10 with Adam", "oversized_updates", "step_pre_hook"),
+    ("warm-up to a rate of 10 with Adam", "dead_units", "step_pre_hook"),
+    ("decay of SGD kills units", "dead_units", '"weight_decay"'),
+    ("decay of SGD kills units", "vanishing_gradients", '"weight_decay"'),
+    ("decay inside Adam kills units", "dead_units", '"weight_decay"'),
     ("bootstrapped targets that run away", "growing_weights", '"lr"'),
     ("bootstrapped targets that run away", "loss_spike", '"lr"'),
 ]
@@ -79,11 +89,12 @@ def train(case: Scenario, code: str = "") -> Run:
     """A training of the clinic, on which code was run before the first step."""
     module, loader = case.make(0)
     options = {"log_every_n_steps": 10, "max_epochs": -1, "max_steps": case.steps, **case.options}
-    optimizer, health_arguments = module.configure_optimizers(), {}
+    configured, health_arguments = module.configure_optimizers(), {}
+    optimizer = configured["optimizer"] if isinstance(configured, dict) else configured  # and its schedule is made
     names = {"model": module, "optimizer": optimizer, "batch": next(iter(loader))}  # what else it needs, it imports
     torch.manual_seed(0)
     exec(code, {**names, "trainer_arguments": options, "health_arguments": health_arguments})
-    module.configure_optimizers = lambda: optimizer
+    module.configure_optimizers = lambda: configured
     health, losses = GradHealth(**health_arguments), Losses()
     torch.manual_seed(0)
     trainer(health, losses, **options).fit(module, loader)
