@@ -719,3 +719,53 @@ def test_a_loop_may_call_the_cell_itself() -> None:
         states[-1].square().sum().backward()
     (flow,) = read(probe).temporal.values()
     assert flow.grad_norms == pytest.approx([state.grad.norm().item() for state in states[1:]], rel=1e-5)
+
+
+def relu_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(part for _ in range(6) for part in (nn.Linear(32, 32), nn.ReLU())), nn.Linear(32, 4))
+    for layer in net[:-1:2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    return net
+
+
+def watched(net: nn.Module, at: int, change: Callable[[], None], steps: int = 160) -> HealthSession:
+    """Train on noise that has something to learn; at one step something happens."""
+    session = HealthSession(net, probe_every_n_steps=5)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for step in range(steps):
+        if step == at:
+            change()
+        x = torch.randn(64, 32)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), x[:, :4].argmax(1))
+        loss.backward()
+        session.apply(session.observe(optimizer, loss))
+        optimizer.step()
+        if step % 5 == 4:
+            session.flush()
+    session.close()
+    return session
+
+
+def test_units_whose_output_is_nan_are_not_dead() -> None:
+    net = relu_net()
+    report = watched(net, 60, lambda: net[0].weight.data.fill_(math.nan)).report()
+    assert "non_finite" in report.conditions
+    assert "dead_units" not in report.conditions
+    assert all((layer.dead_fraction or 0.0) < 0.5 for layer in report.layers)
+
+
+def test_where_dead_units_block_the_gradient_they_are_the_cause_and_their_cure_the_remedy() -> None:
+    net = relu_net()
+    report = watched(net, 40, lambda: net[4].bias.data.fill_(-50.0)).report()
+    (blocked,) = (finding for finding in report.findings if finding.condition == "vanishing_gradients")
+    (dead,) = (finding for finding in report.findings if finding.condition == "dead_units")
+    assert blocked.layers == ("0", "2", "4")
+    assert blocked.summary.endswith("the signal at 0 is exactly 0: 100 % of the units of 4 are never active")
+    assert (blocked.remedy, blocked.code) == (dead.remedy, dead.code)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    exec(blocked.code, {"model": net, "optimizer": optimizer})
+    x = torch.randn(64, 32)
+    F.cross_entropy(net(x), x[:, :4].argmax(1)).backward()
+    assert net[0].weight.grad.abs().max() > 0.0

@@ -130,15 +130,17 @@ def test_no_spike_is_lost_where_tensorboard_draws_lots(tmp_path: Path) -> None:
     records = []
     for step in range(3 * KEPT * 3):
         norm = spikes.get(step, 1.0)
-        window = (StepStats(step, total_norm=norm, loss=1.0),)
-        records.append(record(step, [1.0, norm], total_norm_max=1.0 if math.isnan(norm) else norm, window=window))
+        window = (StepStats(step, total_norm=norm, loss=1.0, non_finite=math.isnan(norm)),)
+        records.append(record(step, [1.0, norm], total_norm_max=None if math.isnan(norm) else norm, window=window))
     write(tmp_path, records)
     tab = Tab(tmp_path, samples=300)  # TensorBoard keeps one event in thirty
     _, codes = tab.picture(run=".", metric="grad_norm", w=100)
     row = codes[1]
     assert row.count(255) == 1
     assert sum(code > 50 for code in row if code <= 250) == 2
-    total = next(c for c in tab.get("series", run=".")["columns"] if c["name"] == "total_norm")["values"]
+    series = tab.get("series", run=".")
+    assert [span["steps"] for span in series["spans"] if span["name"] == "non_finite"] == [[[7_001, 7_001]]]
+    total = next(c for c in series["columns"] if c["name"] == "total_norm")["values"]
     assert "NaN" in total
     assert max(value for value in total if value != "NaN") == pytest.approx(1e6)
 
@@ -186,7 +188,7 @@ def test_conclude_writes_what_came_after_the_last_flush(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["runs", SummaryWriter, 5, [object()]])
 def test_what_is_no_logger_is_refused(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="loggers must be a SummaryWriter or a logger"):
+    with pytest.raises(TypeError, match="loggers must be a SummaryWriter, a logger of Lightning or a run"):
         gh.HealthSession(mlp(), loggers=wrong)
 
 

@@ -125,13 +125,44 @@ def test_columns_of_a_step() -> None:
     )
     row = Row.of(StepRecord(5, 2.0, 2.0, 1.0, 0.5, window=window, backward_gain=0.9))
     shown = dict(zip(COLUMNS, row.totals.tolist(), strict=True))
-    expected = {"total_norm": math.inf, "applied_norm": 1.0, "loss": 2.0, "loss_max": 3.0, "clip_coefficient": 0.5}
+    expected = {"total_norm": 2.0, "applied_norm": 1.0, "loss": 2.0, "loss_max": 3.0, "clip_coefficient": 0.5}
     expected |= {"clipped_fraction": 0.5, "armed": 0.0, "non_finite_steps": 1.0, "skipped_steps": 1.0}
     for name, value in {**expected, "learning_rate": 0.1, "backward_gain": 0.9}.items():
         assert shown[name] == pytest.approx(value, rel=1e-6), name
     assert shown["loss_scale"] == shown["forward_gain"] == np.finfo(np.float32).min  # not measured
     found = {"armed": [(4, 4)], "clipped": [(4, 4)], "skipped": [(5, 5)], "non_finite": [(5, 5)]}
     assert row.spans == found
+
+
+@pytest.mark.parametrize(
+    ("window", "norm", "applied"),
+    [
+        ([StepStats(0, total_norm=5.0), StepStats(1, total_norm=2.0, applied_norm=2.0)], 5.0, None),
+        ([StepStats(0, total_norm=5.0), StepStats(1, total_norm=2.0, applied_norm=1.0)], 5.0, 1.0),
+        (
+            [
+                StepStats(0, total_norm=50.0, clip_coefficient=0.02, clipped=True),
+                StepStats(1, total_norm=2.0, clip_coefficient=1.0, clipped=False, applied_norm=2.0),
+            ],
+            50.0,
+            2.0,
+        ),
+        ([StepStats(0, total_norm=9.0), StepStats(1, total_norm=math.nan, non_finite=True)], 9.0, None),
+        ([StepStats(1, total_norm=math.nan, non_finite=True)], math.nan, None),
+        ([StepStats(1, total_norm=math.inf, non_finite=True)], math.inf, None),
+    ],
+    ids=["calm", "clipped by the Trainer", "clipped", "into NaN", "NaN", "Inf"],
+)
+def test_norms_before_and_after_are_the_largest_of_the_window(
+    window: list[StepStats], norm: float, applied: float | None
+) -> None:
+    finite = [step.total_norm for step in window if step.total_norm is not None and math.isfinite(step.total_norm)]
+    record = StepRecord(
+        1, window[-1].total_norm, max(finite, default=None), window[-1].applied_norm, window=tuple(window)
+    )
+    shown = {name: column.of(record) for name, column in COLUMNS.items()}
+    assert shown["total_norm"] == pytest.approx(norm, nan_ok=True)
+    assert shown["applied_norm"] == applied
 
 
 STEPS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), max_size=12).map(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_gradhealth.flows import ChainPoint, SignalChain
 from lightning_gradhealth.ratios import fitted_gain, median
@@ -25,7 +25,7 @@ from lightning_gradhealth.rules.course import (
     has_learned,
     shrunken,
 )
-from lightning_gradhealth.rules.remedies import Makeup, Remedy, for_decay, for_depth, for_depth_in_training
+from lightning_gradhealth.rules.remedies import Makeup, Remedy, for_dead, for_decay, for_depth, for_depth_in_training
 
 BACK, FORTH = "on the way to the first layers", "on the way to the last layers"
 
@@ -158,6 +158,7 @@ class _Depth(Rule):
             quarter = max(1, len(rms) // 4)
             far, near = median(rms[:quarter]), median(rms[-quarter:])
             self.memory["at_start"] = far / near if near > 0.0 else None
+            self.memory["first_to_last_at_start"] = rms[0] / rms[-1]
 
     def _remedy(self, record: StepRecord, layers: Collection[str]) -> Remedy:
         """By whether it was there from the start, or came with training."""
@@ -173,11 +174,9 @@ class _Depth(Rule):
     def _verdict(self, found: DepthVerdict, points: Sequence[ChainPoint], record: StepRecord, way: str) -> Verdict:
         """In words. `points` are in the order of `found`: the signal travels from the last to the first."""
         first, last = points[0], points[-1]
-        share = (
-            f"the signal at {first.name} is {found.ratio:.1e} of that at {last.name}"
-            if found.ratio
-            else f"the signal at {first.name} is exactly 0"
-        )
+        ends = [(point.backward_rms if way == BACK else point.forward_rms) or 0.0 for point in (first, last)]
+        ratio = ends[0] / ends[1] if ends[1] else found.ratio
+        share = f"the signal at {first.name} is " + (f"{ratio:.1e} of that at {last.name}" if ratio else "exactly 0")
         reach = f", gain {found.gain:.2g} per layer" if found.gain is not None else ""
         verb = "vanish" if self.vanishing else "explode"
         layers = _in_order(points[place].layer for place in (found.hit if way == BACK else found.hit[::-1]))
@@ -190,8 +189,8 @@ class _Depth(Rule):
             code=remedy.code,
             layers=layers,
             evidence={
-                "first_to_last": found.ratio,
-                "at_start": self.memory.get("at_start"),
+                "first_to_last": ratio,
+                "at_start": self.memory.get("first_to_last_at_start"),
                 "fitted_gain": found.gain,
                 "layers_measured": len(points),
                 "depth_limit": depth_limit(found.gain, self.thresholds.depth_ratio),
@@ -232,6 +231,8 @@ class DepthRule(_Depth):
 
     def _blocked(self, chain: SignalChain, record: StepRecord) -> Verdict | None:
         """Nothing at all comes through somewhere, and has not for long: no head that starts at zero."""
+        dead = self.memory.setdefault("dead", {})  # layers have their samples together at steps of their own
+        dead.update({la.name: la.dead_fraction for la in record.layers if la.dead_fraction is not None})
         rms = [point.backward_rms or 0.0 for point in chain.points]
         passed = [place for place, value in enumerate(rms) if value > 0.0]
         cut = passed[0] if passed else 0
@@ -243,7 +244,21 @@ class DepthRule(_Depth):
         if record.step - since < self.thresholds.growth_window:
             return None
         found = DepthVerdict(0.0, None, tuple(range(cut)), critical=True)
-        return self._verdict(found, chain.points, record, BACK)
+        return self._by_dead_units(self._verdict(found, chain.points, record, BACK), record)
+
+    def _by_dead_units(self, verdict: Verdict, record: StepRecord) -> Verdict:
+        """A layer whose units are dead lets nothing through: then that is the cause, and what cures it the remedy."""
+        shares: dict[str, float] = self.memory["dead"]
+        dead = [la for la in record.layers if la.name in verdict.layers]
+        dead = [la for la in dead if shares.get(la.name, 0.0) >= self.thresholds.dead_most]
+        if not dead:
+            return verdict
+        names, updates = [layer.name for layer in dead], followed_updates(self)
+        decay = for_decay(record, names, updates, shrunk=shrunken(self, record, names))
+        remedy = for_dead(dead, Makeup.of(record, names), updates, decay, died=self.memory.get("at_start") is not None)
+        worst = max(names, key=lambda name: shares[name])
+        share = f"{100 * shares[worst]:.0f} % of the units of {worst} are never active"
+        return replace(verdict, summary=f"{verdict.summary}: {share}", remedy=remedy.words, code=remedy.code)
 
 
 class ActivationDepth(_Depth):

@@ -185,7 +185,7 @@ class Signals:
             fields = found.setdefault(layer_of(activation.owner), {})
             fields.setdefault("activation", activation.kind)
             name = "dead_fraction" if activation.dies else "saturated_fraction"
-            if share is not None:
+            if share is not None and math.isfinite(fields.get("forward_rms") or 0.0):  # NaN is active nowhere
                 if share >= (fields.get(name) or 0.0):
                     fields.update({name: share, "units": activation.units, "full_fraction": full})
                 fields["activation"] = activation.kind

@@ -191,12 +191,37 @@ class Column:
 
 
 def _total_norm(record: StepRecord) -> float | None:
-    """The largest of the window; NaN or Inf where a step of it was."""
-    wild = [step.total_norm for step in record.window if step.total_norm is not None]
-    bad = [norm for norm in wild if not math.isfinite(norm)]
-    if bad or record.non_finite_steps:
-        return next((norm for norm in bad if math.isnan(norm)), bad[0] if bad else math.nan)
-    return record.total_norm_max if record.total_norm_max is not None else record.total_norm
+    """The largest finite one of the window, so that the way into a NaN is seen; NaN or Inf where all steps were."""
+    if record.total_norm_max is not None:
+        return record.total_norm_max
+    known = [step.total_norm for step in record.window if step.total_norm is not None]
+    return _largest(known) if known else math.nan if record.non_finite_steps else record.total_norm
+
+
+def _largest(values: Sequence[float]) -> float | None:
+    """The largest finite value; without one NaN, or else Inf."""
+    finite = [value for value in values if math.isfinite(value)]
+    return max(finite) if finite else next((value for value in values if math.isnan(value)), max(values, default=None))
+
+
+def _applied_norm(record: StepRecord) -> float | None:
+    """The largest norm that the optimizer was given; None where nothing has clipped, so that it is the one before.
+
+    The session's factors are known at every step, what others clip only where it was measured.
+    """
+    measured, after = [], []
+    by_others = False
+    for step in record.window:
+        if step.total_norm is None or not math.isfinite(step.total_norm) or step.skipped:
+            continue
+        expected = step.total_norm * (1.0 if step.clip_coefficient is None else step.clip_coefficient)
+        after.append(expected)
+        if step.applied_norm is not None:
+            measured.append(step.applied_norm)
+            by_others = by_others or step.applied_norm < 0.999 * expected
+    if by_others or not record.window:
+        return max(measured, default=record.applied_norm)
+    return max(after, default=None) if record.clips else None
 
 
 def _losses(record: StepRecord) -> list[float]:
@@ -204,13 +229,10 @@ def _losses(record: StepRecord) -> list[float]:
 
 
 def _mean_loss(record: StepRecord) -> float | None:
+    """NaN or Inf where one of them was."""
     losses = _losses(record)
-    return math.fsum(losses) / len(losses) if losses and all(map(math.isfinite, losses)) else _worst_loss(record)
-
-
-def _worst_loss(record: StepRecord) -> float | None:
-    losses = _losses(record)
-    return next((loss for loss in losses if math.isnan(loss)), max(losses, default=None))
+    bad = [loss for loss in losses if not math.isfinite(loss)]
+    return _largest(bad) if bad or not losses else math.fsum(losses) / len(losses)
 
 
 def _last(record: StepRecord, name: str) -> float | None:
@@ -223,9 +245,9 @@ def _share_clipped(record: StepRecord) -> float | None:
 
 _TOTALS: tuple[Column, ...] = (
     Column("total_norm", "total gradient norm before clipping, largest since the last point", "log", _total_norm),
-    Column("applied_norm", "total gradient norm that the optimizer was given", "log", lambda r: r.applied_norm),
+    Column("applied_norm", "total gradient norm that the optimizer was given, largest", "log", _applied_norm),
     Column("loss", "loss, mean since the last point", "linear", _mean_loss),
-    Column("loss_max", "loss, largest since the last point", "linear", _worst_loss),
+    Column("loss_max", "loss, largest since the last point", "linear", lambda r: _largest(_losses(r))),
     Column("learning_rate", "learning rate", "log", lambda r: _last(r, "learning_rate")),
     Column("clip_coefficient", "smallest clipping factor", "log", lambda r: r.clip_coefficient if r.clips else None),
     Column("clipped_fraction", "share of clipped steps", "linear", _share_clipped),

@@ -146,9 +146,9 @@ export class App {
   }
 
   startingPoint(asked) {
-    const findings = this.columns[0].series.findings, worst = findings.find((f) => f.severity !== "info" && f.layers?.length) ?? findings.find((f) => f.layers?.length);
+    const findings = this.columns[0].series.findings, worst = findings.find((f) => f.severity !== "info") ?? findings[0], placed = worst?.layers?.length ? worst : findings.find((f) => f.layers?.length);
     const by = (name) => Math.max(0, this.names.indexOf(name));
-    const layer = asked.layer !== undefined ? by(asked.layer) : worst ? by(worst.layers[0]) : 0;
+    const layer = asked.layer !== undefined ? by(asked.layer) : placed ? by(placed.layers[0]) : 0;
     return [layer, asked.step !== undefined && Number.isFinite(Number(asked.step)) ? Number(asked.step) : worst ? worst.first_step : this.layout.x1];
   }
 

@@ -7,7 +7,7 @@ const TITLES = { healthy: "healthy", info: "healthy" };
 /** A run's status in a few words. */
 export function statusText(status) {
   if (!status || status.severity === "healthy" || status.severity === "info" || !status.condition) return TITLES[status?.severity] ?? "no verdict";
-  const since = status.since === null || status.since === undefined ? "" : `${status.active ? " since" : ", last over, from"} step ${count(status.since)}`;
+  const since = status.since === null || status.since === undefined ? "" : status.active ? ` since step ${count(status.since)}` : `, over, first at step ${count(status.since)}`;
   const more = status.findings > 1 ? ` (+${status.findings - 1} more)` : "";
   return `${words(status.condition)}${since}${more}`;
 }

@@ -11,7 +11,7 @@ export class Toolbar {
     this.mode = select("mode", "how to compare", (mode) => app.change({ mode }));
     this.mode.append(el("option", { value: "ratio", textContent: "as a ratio" }), el("option", { value: "beside", textContent: "side by side" }));
     this.fold = select("fold", "fold layers", (level) => app.refold(Number(level)));
-    this.filter = el("input", { id: "filter", type: "search", placeholder: "regex, as attn|norm", "aria-label": "filter layers by a regular expression", spellcheck: false, oninput: () => this.filtered() });
+    this.filter = el("input", { id: "filter", type: "search", placeholder: "attn|norm", "aria-label": "filter layers by a regular expression", spellcheck: false, oninput: () => this.filtered() });
     this.filterNote = el("span", { className: "about", id: "filter-note" });
     this.verdict = el("button", { type: "button", className: "status", id: "verdict", role: "status", onclick: () => app.toFindings() });
     this.note = el("span", { className: "about", id: "note" });
