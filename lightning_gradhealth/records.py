@@ -19,6 +19,10 @@ from lightning_gradhealth.serial import Record
 from lightning_gradhealth.validation import check_choice, check_path, wrong
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 
@@ -627,6 +631,29 @@ class HealthReport(Record):
 
         return save_health(self, Path(check_path("path", path, _SAVED)))
 
+    def plot(self, ax: Axes | Sequence[Axes] | None = None) -> tuple[Figure, Any]:
+        """Draw the report: the total gradient norm over the steps, and the gradient norm of each layer.
+
+        The figure stands alone: pyplot neither keeps nor shows it. `fig.savefig("report.png")` writes it.
+
+        Args:
+            ax: Axes for the gradient norm of each layer, or two, for the total norm and for it; None: a new figure.
+
+        Returns:
+            The figure, and the axes: an array of two, or what was given.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is missing; `pip install 'lightning-gradhealth[plot]'` installs it.
+
+        Example:
+            >>> fig, ax = HealthReport().plot()
+            >>> type(fig).__name__
+            'Figure'
+        """
+        from lightning_gradhealth.reports.figures import plot_health
+
+        return plot_health(self, ax)
+
 
 @dataclass(frozen=True, repr=False)
 class FlowReport(Record):
@@ -725,6 +752,29 @@ class FlowReport(Record):
         from lightning_gradhealth.reports.flow import save_flow
 
         return save_flow(self, Path(check_path("path", path, _SAVED)))
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the report: the signal and the gradient over depth, with the gains that were fitted.
+
+        The figure stands alone: pyplot neither keeps nor shows it. `fig.savefig("report.png")` writes it.
+
+        Args:
+            ax: Axes to draw on; None: a new figure.
+
+        Returns:
+            The figure, and the axes.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is missing; `pip install 'lightning-gradhealth[plot]'` installs it.
+
+        Example:
+            >>> fig, ax = FlowReport().plot()
+            >>> type(fig).__name__
+            'Figure'
+        """
+        from lightning_gradhealth.reports.figures import plot_flow
+
+        return plot_flow(self, ax)
 
 
 @dataclass(frozen=True)
@@ -844,3 +894,26 @@ class InitReport(Record):
         from lightning_gradhealth.reports.initialization import render_init
 
         return render_init(self)
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw the report: the signal and the gradient that are predicted over depth, and what `calibrate=` measured.
+
+        The figure stands alone: pyplot neither keeps nor shows it. `fig.savefig("report.png")` writes it.
+
+        Args:
+            ax: Axes to draw on; None: a new figure.
+
+        Returns:
+            The figure, and the axes.
+
+        Raises:
+            ModuleNotFoundError: Matplotlib is missing; `pip install 'lightning-gradhealth[plot]'` installs it.
+
+        Example:
+            >>> fig, ax = InitReport().plot()
+            >>> type(fig).__name__
+            'Figure'
+        """
+        from lightning_gradhealth.reports.figures import plot_init
+
+        return plot_init(self, ax)

@@ -50,7 +50,7 @@ def test_every_python_block_runs(
         "gh": gh,
     }
     blocks = python_blocks()
-    assert len(blocks) == 11
+    assert len(blocks) == 12
     for block in blocks:
         run(block, names)
     assert "True" in capsys.readouterr().out

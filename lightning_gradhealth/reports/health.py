@@ -86,7 +86,13 @@ def _table(report: HealthReport) -> list[RenderableType]:
     return layer_table(shown, columns, quiet, _columns(report)[:4])
 
 
-def _headline(report: HealthReport) -> str:
+def headline(report: HealthReport) -> str:
+    """The verdict, and at how many steps something was done.
+
+    Example:
+        >>> headline(HealthReport(steps=9, clipped_steps=3))
+        'healthy after 9 optimizer steps, 3 clipped (33 %)'
+    """
     text = f"{report.verdict} after {report.steps} optimizer steps"
     if report.non_finite_steps:
         text += f", {report.non_finite_steps} of them with NaN or Inf"
@@ -106,7 +112,7 @@ def render_health(report: HealthReport) -> RenderableType:
         nothing was watched after 0 optimizer steps
     """
     colour = colour_of(report.findings, report.healthy)
-    parts: list[RenderableType] = [line(_headline(report), style=f"bold {colour}"), *_table(report)]
+    parts: list[RenderableType] = [line(headline(report), style=f"bold {colour}"), *_table(report)]
     if report.trend:
         parts.append(Text(f"total norm, log scale: {sparkline([total for _, total in report.trend])}", style="dim"))
     parts += render_findings(report.findings)
@@ -124,7 +130,7 @@ def markdown(report: HealthReport) -> str:
         >>> markdown(HealthReport()).splitlines()[0]
         '# Health: nothing was watched after 0 optimizer steps'
     """
-    lines = [f"# Health: {as_markdown(_headline(report))}", "", *findings_markdown(report.findings)]
+    lines = [f"# Health: {as_markdown(headline(report))}", "", *findings_markdown(report.findings)]
     if report.layers:
         rows = worst_first(_layer_rows(report))
         titles = ("layer", "state", *(title for title, _ in _columns(report)))
