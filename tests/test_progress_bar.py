@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import rich
 import torch
 from conftest import Classifier, batches, mlp
 from counting import host_reads
@@ -92,7 +94,7 @@ def test_the_bar_says_healthy_or_what_is_wrong_since_when(bar: type[ProgressBar]
     assert isinstance(spy.shown[-1]["loss"], (float, Tensor))
     spy = Spy()
     fit(bar(), GradHealth(), spy, model=Talkative(sick_net()))
-    assert spy.shown[-1]["grad_health"] == "vanishing_gradients since 0"
+    assert spy.shown[-1]["grad_health"] == "vanishing gradients since 0"
 
 
 @pytest.mark.parametrize("bar", BARS)
@@ -127,7 +129,7 @@ def test_what_is_over_is_healthy_again() -> None:
     fit(TQDMProgressBar(), GradHealth(rules=[Sick()]), spy, log_every_n_steps=1, model=Classifier())
     lines = [shown.get("grad_health") for shown in spy.shown]
     assert lines[2] == "healthy"
-    assert lines[4] == "always_sick since 3"
+    assert lines[4] == "always sick since 3"
     assert lines[-1] == "healthy again"
 
 
@@ -254,6 +256,17 @@ def test_a_bar_can_be_copied_during_a_fit(copied: Any) -> None:
     fit(TQDMProgressBar(), GradHealth(), Copies(), model=Classifier(), max_epochs=1)
 
 
+def test_a_narrow_rich_bar_breaks_the_line_between_words() -> None:
+    printed = io.StringIO()
+    console = {"file": printed, "width": 80, "force_terminal": True, "color_system": None}
+    fit(RichProgressBar(console_kwargs=console), GradHealth(), model=Talkative(sick_net()), max_epochs=1)
+    drawn = [line.strip() for line in printed.getvalue().splitlines()]
+    assert {"grad_health:", "vanishing"} <= set(drawn)
+    assert any(line.startswith("gradients since 0") for line in drawn)
+    assert not [line for line in drawn if line.endswith("…")]
+    rich.reconfigure()
+
+
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -267,5 +280,5 @@ def test_it_is_seen_on_the_terminal() -> None:
     environment = {**os.environ, "COLUMNS": "200", "TTY_COMPATIBLE": "1", "PYTHONPATH": str(ROOT)}
     code = SCRIPT.format(tests=str(ROOT / "tests"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert "grad_health=vanishing_gradients since 0" in done.stdout
-    assert "grad_health: vanishing_gradients since 0" in done.stdout
+    assert "grad_health=vanishing gradients since 0" in done.stdout
+    assert "grad_health: vanishing gradients since 0" in done.stdout

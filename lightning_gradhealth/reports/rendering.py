@@ -62,7 +62,7 @@ def status(findings: Iterable[Finding], active: Container[str], *, watched: bool
     Example:
         >>> spike = Finding("loss_spike", Severity.WARNING, (), 120, 125)
         >>> status([spike], {"loss_spike"}), status([spike], ()), status([], ())
-        ('loss_spike since 120', 'healthy again', 'healthy')
+        ('loss spike since 120', 'healthy again', 'healthy')
     """
     grave = [finding for finding in findings if finding.severity is not Severity.INFO]
     now = [finding for finding in grave if str(finding.condition) in active]
@@ -71,7 +71,8 @@ def status(findings: Iterable[Finding], active: Container[str], *, watched: bool
     if not now:
         return "healthy again" if grave else "healthy"
     worst = min(now, key=lambda finding: (-finding.severity.rank, finding.first_step))
-    return f"{printable(worst.condition, 60)} since {worst.first_step}"
+    words = printable(worst.condition, 60).replace("_", " ")  # a narrow bar breaks lines between words
+    return f"{words} since {worst.first_step}"
 
 
 def since(finding: Finding) -> str:
