@@ -159,6 +159,7 @@ class HealthSession:
         self._sink = LoggerSink(log_layers)
         self.alert: Callable[[Finding], bool] = partial(self._sink.alert, self._loggers)
         self._recording: Recording | None = Recording()
+        self._shown: Recording | None = self._recording  # or its copy that has seen a window that is not over yet
         self._saver = Saver()
         self._latest = self.judgement  # or its copy that has seen a window that is not over yet
         self._told: set[tuple[str, str]] = set()
@@ -395,14 +396,20 @@ class HealthSession:
             self._write(self._last)
         return self._last
 
-    def _write(self, record: StepRecord) -> None:
-        """Keep a record for the page of the report, and give it to the loggers; nothing of that can end the watch."""
+    def _write(self, record: StepRecord, *, over: bool = True) -> None:
+        """Keep a record for the page of the report, and give it to the loggers; nothing of that can end the watch.
+
+        Args:
+            record: The record.
+            over: The window is over; a copy keeps what is not, so that a resumed run equals an unbroken one.
+        """
         findings, active = self.findings, self.active_conditions
         try:
-            if self._recording is not None:
-                self._recording.append(record, findings, active)
+            self._shown = self._recording if over else copy.deepcopy(self._recording)
+            if self._shown is not None:
+                self._shown.append(record, findings, active)
         except Exception as error:
-            self._recording = None
+            self._recording = self._shown = None
             say(f"gradhealth: the report will have no pictures ({reason_of(error)}); training goes on")
         if self._loggers and _is_rank_zero():
             self._sink.write(self._loggers, record, findings, active)
@@ -463,7 +470,7 @@ class HealthSession:
         self._tell(self._latest.findings.values())
         record = self._gathered(records)
         if record is not None:
-            self._write(record)
+            self._write(record, over=False)
         return record or self._last
 
     def _peek(self) -> tuple[Judgement, list[StepRecord]]:
@@ -504,7 +511,7 @@ class HealthSession:
     def report(self) -> HealthReport:
         """The verdict so far, steps since the last flush included (reads the device once if there are any)."""
         report = self._report().changed(aside=self.guard.aside)
-        return report if self._recording is None else report.changed(_recorded=self._recording.view("this run"))
+        return report if self._shown is None else report.changed(_recorded=self._shown.view("this run"))
 
     def _judged(self) -> HealthReport:
         """The verdict up to where it was watched."""
@@ -608,6 +615,7 @@ class HealthSession:
             "readings": lambda: [reading.state_dict() for reading in self._readings],
             "losses": lambda: self._losses,
             "unlogged": lambda: None if self._unlogged is None else self._unlogged.to_dict(),
+            "recording": lambda: None if self._recording is None else self._recording.state_dict(),
         }
         for name, make in parts.items():
             self._saver.put(state, name, f"the state of GradHealth ({name})", make)
@@ -648,6 +656,11 @@ class HealthSession:
         unlogged = state.get("unlogged")
         self._unlogged = None if unlogged is None else StepRecord.from_dict(unlogged)
         self._told = {(f.condition, f.severity) for f in self.judgement.findings.values()}
+        if self._recording is not None and state.get("recording") is not None:
+            try:
+                self._recording.load_state_dict(state["recording"])
+            except ValueError as error:
+                say(f"gradhealth: the report's pictures begin with this process ({reason_of(error)})")
 
 
 def _check_loss(loss: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_gradhealth import GradHealth, HealthSession, NormClip, Rule, StepRecord, Verdict
+from lightning_gradhealth.pages import recorded
 
 
 class CountsRecords(Rule):
@@ -61,6 +62,19 @@ def fit(steps: int, every: int, *callbacks: pl.Callback, ckpt_path: Path | None 
     )
     run.fit(Sick(), batches(samples=104), ckpt_path=ckpt_path, **({"weights_only": True} if ckpt_path else {}))
     return health
+
+
+def test_the_report_of_a_resumed_run_shows_all_of_it(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=60, save_top_k=-1, filename="{step}")
+    fit(70, 10, saver)
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    resumed, whole = (recorded(fit(120, 10, ckpt_path=path).report()) for path in (checkpoint, None))
+    assert (resumed.first_step, resumed.last_step) == (whole.first_step, whole.last_step) == (9, 119)
+    for name in ("grad_norm", "forward_rms"):
+        ours, theirs = resumed.load(name), whole.load(name)
+        assert ours.steps.tolist() == theirs.steps.tolist()
+        assert ours.values.tolist() == theirs.values.tolist()
+    assert [f["first_step"] for f in resumed.findings] == [f["first_step"] for f in whole.findings]
 
 
 @pytest.mark.parametrize("every", [7, 10, 50])  # 60 lies inside a window of 7 and of 50, and on the border of 10

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import json
 import math
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 from tab import finding, record, unpacked
 
-from lightning_gradhealth.records import LayerStats, StepRecord, StepStats
+from lightning_gradhealth.records import Finding, LayerStats, StepRecord, StepStats
+from lightning_gradhealth.saving import savable
 from lightning_gradhealth.view import answers
 from lightning_gradhealth.view.data import Matrix, RunView, rising, with_spans
 from lightning_gradhealth.view.payload import payload
 from lightning_gradhealth.view.pooling import FAR, INF, NAN, NOT_MEASURED, TOP, ZERO, coded, edges, pool
 from lightning_gradhealth.view.quantities import COLUMNS, MISSING, QUANTITIES, layer_value, missing
 from lightning_gradhealth.view.recording import Recording
-from lightning_gradhealth.view.rows import Layer, Row, few, joined, spans
+from lightning_gradhealth.view.rows import BINS, Layer, Row, few, joined, spans
 
 NUMBERS = st.one_of(st.floats(-40, 40, width=16), st.sampled_from([math.nan, math.inf, -math.inf, float(MISSING)]))
 
@@ -249,6 +255,64 @@ def test_a_window_that_is_judged_twice_is_kept_once() -> None:
     view = recording.view("run")
     assert view.totals.steps.tolist() == [3, 7]
     assert [f["spans"] for f in view.findings] == [[[3, 7]]]
+
+
+@pytest.mark.parametrize("at", [1, 3, 9, 40])
+def test_a_recording_goes_on_from_a_checkpoint(at: int, tmp_path: Path) -> None:
+    """As if it had never been broken off; NaN, layers that come later, findings and histograms too."""
+
+    def records() -> list[StepRecord]:
+        made = []
+        for step in range(60):
+            norms = [1.0 + step, math.nan if step == 7 else 0.0, *([2.0] if step > 5 else [])]
+            one = record(step, norms, window=(StepStats(step, total_norm=9.0, loss=0.5, skipped=step == 4),))
+            layers = tuple(layer.changed(forward_histogram=tuple(range(BINS))) for layer in one.layers)
+            made.append(one.changed(layers=layers) if step % 2 else one)
+        return made
+
+    def told(step: int) -> list[Finding]:
+        return [finding(evidence={"loss": math.nan, "layers": {"a": 1.0}})] if step > 3 else []
+
+    whole, first, second = Recording(limit=16), Recording(limit=16), Recording(limit=16)
+    for one in records():
+        whole.append(one, told(one.step), {"exploding_gradients"})
+    for one in records()[:at]:
+        first.append(one, told(one.step), {"exploding_gradients"})
+    torch.save(savable(first.state_dict()), tmp_path / "state.pt")
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for one in records()[at:]:
+        second.append(one, told(one.step), {"exploding_gradients"})
+    assert second.state_dict() == whole.state_dict()
+    ours, theirs = second.view("run"), whole.view("run")
+    assert payload([dataclasses.replace(ours, stamp=0.0)]) == payload([dataclasses.replace(theirs, stamp=0.0)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"about": "{"},
+        {"about": 5},
+        {"about": "[]"},
+        {"arrays": b"nothing"},
+        {"arrays": zlib.compress(b"nothing")},
+        {"about": json.dumps({"columns": ["a"]})},
+    ],
+)
+def test_a_recording_that_cannot_be_read_is_refused_and_nothing_changes(change: dict[str, Any]) -> None:
+    recording = Recording()
+    recording.append(record(3, [1.0]), [], ())
+    before = recording.state_dict()
+    with pytest.raises(ValueError, match=r"state must be what Recording\.state_dict\(\) returned"):
+        recording.load_state_dict({**before, **change})
+    assert recording.state_dict() == before
+
+
+def test_a_large_run_takes_little_of_a_checkpoint() -> None:
+    recording = Recording()
+    random = np.random.default_rng(0)
+    for step in range(600):
+        recording.append(record(step, np.exp(random.standard_normal(300)).tolist()), [], ())
+    assert len(recording.state_dict()["arrays"]) < 3_000 * 300
 
 
 # --- answers ------------------------------------------------------------------------------------------------

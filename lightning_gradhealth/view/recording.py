@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import time
-from collections.abc import Collection, Sequence
+import zipfile
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gradhealth.messages import reason_of
 from lightning_gradhealth.records import Finding, StepRecord
 from lightning_gradhealth.view.data import Histograms, Matrix, RunView, Totals, finding_of, with_spans
 from lightning_gradhealth.view.quantities import (
@@ -25,6 +31,8 @@ from lightning_gradhealth.view.rows import BINS, Layer, Row, Spans, few, joined,
 
 _SPANS = 512  # ranges of one kind that are kept
 _FAR = 3.0
+_TABLES = 32  # histograms that go into a checkpoint
+_NONE: Half = np.zeros(0, dtype=np.float16)
 
 
 class Recording:
@@ -123,6 +131,81 @@ class Recording:
         ]
         self._steps = [self._steps[i + 1] for i in pairs]
         self._stride *= 2
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it, so that the report of a resumed run shows the whole run: text and bytes.
+
+        About 3 kB a layer; of the histograms the last of every few points stay.
+        """
+        count = len(self._layers)
+        named = {name for point in self._values for name in point}
+        arrays = {
+            f"values/{name}": np.stack([_wide(point.get(name, _NONE), count) for point in self._values])
+            for name in sorted(named)
+        }
+        arrays["steps"] = np.array(self._steps, dtype=np.int64)
+        arrays["totals"] = np.stack(self._totals) if self._totals else np.zeros((0, len(COLUMNS)), dtype=np.float32)
+        at = [place for place, table in enumerate(self._histograms) if table is not None]
+        at = at[:: -max(1, math.ceil(len(at) / _TABLES))][::-1]
+        tables = [
+            np.pad(table, ((0, count - len(table)), (0, 0))) for i in at if (table := self._histograms[i]) is not None
+        ]
+        arrays["tables"] = np.stack(tables) if tables else np.zeros((0, count, BINS), dtype=np.uint8)
+        arrays["tables_at"] = np.array(at, dtype=np.int64)
+        file = io.BytesIO()
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+        about = {
+            "columns": list(COLUMNS),
+            "layers": [[layer.name, layer.kind, layer.numel] for layer in self._layers.values()],
+            "stride": self._stride,
+            "filled": self._filled,
+            "first": self._first,
+            "spans": self._spans,
+            "history": self._history,
+        }
+        return {"about": json.dumps(about), "arrays": zlib.compress(file.getvalue(), 1)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            ValueError: It is another version's, or cannot be read.
+        """
+        fresh = Recording(self._limit)
+        try:
+            about = json.loads(state["about"])
+            if about["columns"] != list(COLUMNS):
+                raise ValueError("it has other columns")
+            with np.load(io.BytesIO(zlib.decompress(state["arrays"])), allow_pickle=False) as arrays:
+                fresh._take_up(about, arrays)
+        except (LookupError, TypeError, ValueError, AttributeError, OSError, zlib.error, zipfile.BadZipFile) as error:
+            raise ValueError(f"state must be what Recording.state_dict() returned ({reason_of(error)})") from error
+        vars(self).update(vars(fresh))
+
+    def _take_up(self, about: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        layers = [Layer(str(name), str(kind), int(numel)) for name, kind, numel in about["layers"]]
+        self._layers = {layer.name: layer for layer in layers}
+        self._steps = [int(step) for step in arrays["steps"]]
+        points = len(self._steps)
+        shapes = {"totals": (points, len(COLUMNS)), "tables": (len(arrays["tables_at"]), len(layers), BINS)}
+        self._values = [{} for _ in range(points)]
+        for name in QUANTITIES:
+            if f"values/{name}" in arrays:
+                shapes[f"values/{name}"] = (points, len(layers))
+                for point, row in zip(self._values, arrays[f"values/{name}"].astype(np.float16), strict=True):
+                    if (row != np.float16(MISSING)).any():
+                        point[name] = row
+        if wrong := [name for name, shape in shapes.items() if arrays[name].shape != shape]:
+            raise ValueError(f"{wrong[0]} has another shape")
+        self._totals = list(arrays["totals"].astype(np.float32))
+        self._histograms = [None] * points
+        for at, table in zip(arrays["tables_at"], arrays["tables"].astype(np.uint8), strict=True):
+            self._histograms[int(at)] = table
+        self._stride, self._filled, self._first = int(about["stride"]), int(about["filled"]), int(about["first"])
+        self._spans = {str(name): [(int(a), int(b)) for a, b in spans] for name, spans in about["spans"].items()}
+        self._history = [(int(step), [dict(finding) for finding in known]) for step, known in about["history"]]
 
     # --- what is shown
 
