@@ -342,14 +342,16 @@ class GradHealth(Callback):
 
     def _keep(self, trainer: pl.Trainer) -> None:
         """Write the report of a run that has ended, however it did; what fails is told, and no more."""
-        if self._session is None or not self._batches:
+        if self._session is None or not self._batches or not trainer.is_global_zero:
             return
         try:
+            report = self.report()
+            self._sink.end(trainer.loggers, report, self._session.active_conditions)
             folder = _lightning.report_folder(trainer, self.report_dir)
             if folder is not None:
-                pages.keep(self.report(), folder, self._stem, _lightning.announcer(trainer))
-            if self.report_dir is not None and trainer.is_global_zero:
-                self._sink.report(trainer.loggers, self.report)
+                pages.keep(report, folder, self._stem, _lightning.announcer(trainer))
+            if self.report_dir is not None:
+                self._sink.report(trainer.loggers, lambda: report)
         except Exception as error:
             say(f"gradhealth: no report was written ({reason_of(error)})")
 

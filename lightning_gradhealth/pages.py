@@ -98,18 +98,18 @@ def keep(report: HealthReport, folder: Path, stem: str = "report", tell: Callabl
     path = folder / f"{stem}.html"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(path.with_suffix(".json"), report.to_json(indent=1) + "\n")
+        write(path.with_suffix(".json"), report.to_json(indent=1) + "\n")
         page = page_of(report, tell)
         if not page:
             return
-        _write(path, page)
+        write(path, page)
     except Exception as error:
         say(f"gradhealth: the report could not be written to {printable(folder)} ({reason_of(error)})", through=tell)
         return
     say(f"gradhealth: report: {printable(path)}", through=tell)
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file so that nobody ever sees a part of it, and a part of it never stays."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

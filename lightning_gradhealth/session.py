@@ -586,9 +586,10 @@ class HealthSession:
         return []
 
     def close(self) -> None:
-        """Remove every hook, and give the report to loggers that show one; calling it twice does no harm."""
+        """Remove every hook, and give the report to loggers that take one; calling it twice does no harm."""
         if self._loggers and _is_rank_zero():
             self._sink.report(self._loggers, self.report)
+            self._sink.end(self._loggers, self.report(), self.active_conditions)
         if self._recorder is not None:
             self._recorder.close()
         self.monitor.close()

@@ -9,6 +9,7 @@ Tags, under the names of two plugins; `gradhealth` is down-sampled by TensorBoar
     gradhealth_events  {prefix}/{schema}/peak        the largest gradient norms of several steps, where there are many
     gradhealth_events  {prefix}/events/findings      JSON: all findings, whenever they change
     gradhealth_events  {prefix}/events/spans         JSON: what happened at which steps
+    gradhealth_events  {prefix}/events/report        JSON: the run's report, written when it ends
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_gradhealth.records import Finding, StepRecord
+from lightning_gradhealth.records import Finding, HealthReport, StepRecord
 from lightning_gradhealth.view.quantities import (
     COLUMNS,
     EVENTS_PLUGIN,
@@ -102,6 +103,24 @@ class EventsWriter:
         values = [*self._rows(row), *self._peaks(row), *self._told(row, findings, active)]
         writer._get_file_writer().add_summary(Summary(value=values), global_step=row.step)
 
+    def end(self, writer: Any, report: HealthReport, active: Collection[str]) -> None:
+        """Write the report of a run that ends: whoever has the event file can have it again.
+
+        Args:
+            writer: A torch.utils.tensorboard.SummaryWriter.
+            report: The run's own report.
+            active: The conditions that hold at its end.
+        """
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        data = report.to_dict()
+        measured = [{name: value for name, value in layer.items() if value is not None} for layer in data["layers"]]
+        values = [
+            *self._changed(report.findings, active),
+            self._text("report", {"format": FORMAT, "report": {**data, "layers": measured}}),
+        ]
+        writer._get_file_writer().add_summary(Summary(value=values), global_step=report.step)
+
     def _rows(self, row: Row) -> Iterator[Any]:
         if row.layers:
             listed = [[layer.name, layer.kind, layer.numel] for layer in row.layers]
@@ -131,10 +150,13 @@ class EventsWriter:
         gist = [(f.condition, f.severity, f.layers, f.condition in active, f.healed) for f in findings]
         if gist != self._known or "findings" not in self._begun:
             self._known = gist
-            listed = [told(finding, finding.condition in active) for finding in findings]
-            yield self._text("findings", {"format": FORMAT, "findings": listed})
+            yield from self._changed(findings, active)
         if row.spans:
             yield self._text("spans", {name: [list(span) for span in spans] for name, spans in row.spans.items()})
+
+    def _changed(self, findings: Sequence[Finding], active: Collection[str]) -> Iterator[Any]:
+        listed = [told(finding, finding.condition in active) for finding in findings]
+        yield self._text("findings", {"format": FORMAT, "findings": listed})
 
     # --- protos
 

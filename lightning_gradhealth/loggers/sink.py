@@ -150,6 +150,25 @@ class LoggerSink:
                 self._hosts[id(logger)] = None
         return self._hosts[id(logger)]
 
+    def end(self, loggers: Iterable[Any], report: HealthReport, active: Collection[str]) -> None:
+        """Write the report of a run that ends into its event files.
+
+        Args:
+            loggers: Those that the run was written to.
+            report: The run's own report.
+            active: The conditions that hold at its end.
+        """
+        for logger in loggers:
+            events = self._events.get(id(logger))
+            if events is None or id(logger) in self._failed:
+                continue
+            try:
+                writer = _writer_of(logger)
+                if getattr(writer, "all_writers", writer) is not None:  # torch's opens a new file once it was closed
+                    events.end(writer, report, active)
+            except Exception as error:
+                say(f"gradhealth: the report was not written for `gradhealth report` ({reason_of(error)})")
+
     # --- scalars
 
     def _write_scalars(self, logger: Any, step: int, totals: dict[str, float], layers: dict[str, float]) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tensorboard.data import provider
 
+from lightning_gradhealth.records import HealthReport
 from lightning_gradhealth.tensorboard import arrays
+from lightning_gradhealth.tensorboard.cache import Cache
 from lightning_gradhealth.view.data import (
     Histograms,
     Matrix,
@@ -41,54 +41,12 @@ from lightning_gradhealth.view.rows import Layer, Spans, few, joined
 SAMPLES, EVENTS = 2_000, 20_000  # that are read of one tag
 MOST_LAYERS = 20_000
 MOST_QUANTITIES = 64
-CACHED = 256 * 2**20  # bytes
 _TAG = re.compile(r"(gradhealth(?:-\d{1,4})?)/([0-9a-f]{8})/([A-Za-z0-9_]{1,100})")
-_TEXT = re.compile(r"(gradhealth(?:-\d{1,4})?)/events/(findings|spans)")
+_TEXT = re.compile(r"(gradhealth(?:-\d{1,4})?)/events/(findings|spans|report)")
 _SPANS = 2_000  # ranges of one kind that are shown
 _NOT_QUANTITIES = ("layers", "total", "histogram", "peak")
 
 T = TypeVar("T")
-
-
-class Cache:
-    """What was read last, as long as nothing was added; the oldest goes where there is too much.
-
-    Args:
-        limit: Bytes.
-
-    Example:
-        >>> cache = Cache(10)
-        >>> cache.get("key", 1, lambda: ("value", 5)), cache.get("key", 1, lambda: ("other", 5))
-        ('value', 'value')
-        >>> cache.get("key", 2, lambda: ("other", 5))
-        'other'
-    """
-
-    def __init__(self, limit: int = CACHED) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._known: OrderedDict[Any, tuple[Any, Any, int]] = OrderedDict()
-
-    def get(self, key: Any, stamp: Any, make: Callable[[], tuple[T, int]]) -> T:
-        """What is known under a key, or what `make` gives.
-
-        Args:
-            key: The key.
-            stamp: Another one than before: it is made anew.
-            make: Gives it, and its size in bytes.
-        """
-        with self._lock:
-            known = self._known.get(key)
-            if known is not None and known[0] == stamp:
-                self._known.move_to_end(key)
-                return cast(T, known[1])
-        value, size = make()
-        with self._lock:
-            self._known[key] = (stamp, value, size)
-            self._known.move_to_end(key)
-            while len(self._known) > 1 and sum(entry[2] for entry in self._known.values()) > self._limit:
-                self._known.popitem(last=False)
-        return value
 
 
 @dataclass(frozen=True)
@@ -98,7 +56,7 @@ class _Run:
     run: str
     prefix: str
     tags: Mapping[str, Mapping[str, Any]]  # schema -> name -> time series
-    texts: Mapping[str, Any]  # "findings", "spans" -> time series
+    texts: Mapping[str, Any]  # "findings", "spans", "report" -> time series
     peaks: Mapping[str, Any]  # schema -> time series
 
     @property
@@ -232,6 +190,7 @@ class _Assembly:
             last_step=last,
             stamp=max((float(series.max_wall_time) for series in found.series), default=0.0),
             schemas=models,
+            report=self._report,
         )
 
     def _series(self, schema: str, part: str) -> Any:
@@ -378,6 +337,19 @@ class _Assembly:
             if isinstance(listed, list):
                 history.append((step, [f for f in map(finding_of, listed[:200]) if f is not None]))
         return history
+
+    def _report(self) -> HealthReport | None:
+        """What was written when the run ended; None where it goes on, or has gone on since."""
+        texts = self._texts("report")
+        if not texts:
+            return None
+        written = self._found.texts["report"].max_wall_time
+        if any(series.max_wall_time > written for series in self._found.series):
+            return None
+        try:
+            return HealthReport.from_dict(texts[-1][1].get("report"))
+        except (ValueError, TypeError, RecursionError):
+            return None
 
     def _spans(self) -> dict[str, Spans]:
         found: dict[str, Spans] = {}

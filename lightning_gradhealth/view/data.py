@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_gradhealth.records import HealthReport
 from lightning_gradhealth.view.pooling import limits
 from lightning_gradhealth.view.quantities import COLUMNS, MISSING_TOTAL, PALETTES, SCALES, Quantity
 from lightning_gradhealth.view.rows import LONGEST, SHOWN_LAYERS, Layer, Spans, joined
@@ -94,6 +95,7 @@ class RunView:
         last_step: The last step with data.
         stamp: Changes whenever anything was added.
         schemas: All models in the run, the latest last: schema, first and last step, number of layers.
+        report: Gives the run's own report; None: it has not ended, or its report is not at hand.
     """
 
     name: str
@@ -109,6 +111,7 @@ class RunView:
     last_step: int = 0
     stamp: float = 0.0
     schemas: Sequence[tuple[str, int, int, int]] = ()
+    report: Callable[[], HealthReport | None] = lambda: None
 
 
 # --- what comes from files is data of strangers: every field is looked at ----------------------------------------

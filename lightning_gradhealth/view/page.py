@@ -87,6 +87,25 @@ def document(payload: bytes, title: str) -> str:
     )
 
 
+def shell() -> tuple[str, str]:
+    """A page that asks the server that it comes from for its code and its data, and the policy that goes with it.
+
+    Example:
+        >>> page, policy = shell()
+        >>> "index.js" in page, policy.split("; ")[0]
+        (True, "default-src 'none'")
+    """
+    code = 'import { render } from "./index.js";\nawait render();\n'
+    policy = (
+        f"default-src 'none'; script-src 'self' {_hash(code)}; style-src 'self' 'unsafe-inline'; connect-src 'self';"
+        " img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    icon = '<link rel="icon" href="data:,">\n'
+    page = f'<!doctype html>\n<html lang="en">\n<head>\n{head}{icon}<title>Grad Health</title>\n</head>\n<body>\n'
+    return f'{page}<script type="module">{code}</script>\n</body>\n</html>\n', policy
+
+
 def frame(page: str, height: int = 900) -> str:
     """A page within another, as a notebook shows it: a frame that cannot reach what is around it.
 
