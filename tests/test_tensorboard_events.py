@@ -51,7 +51,8 @@ def test_one_event_a_logged_step_whatever_the_layers(depth: int, tmp_path: Path)
     logger = TensorBoardLogger(str(tmp_path))
     health = gh.GradHealth(report_dir=None)
     trainer(health, logger=logger, log_every_n_steps=2, max_steps=8).fit(Classifier(mlp(depth)), batches())
-    events = events_of(Path(logger.log_dir))
+    *events, end = events_of(Path(logger.log_dir))
+    assert (end.step, tags(end)) == (7, {"findings", "report"})
     assert [event.step for event in events] == [1, 3, 5, 7]
     for event in events:
         assert {"grad_norm", "norm_ratio", "total", "forward_rms", "update_to_weight"} <= tags(event)
@@ -67,7 +68,7 @@ def test_every_number_comes_back(tmp_path: Path) -> None:
     health = gh.GradHealth(report_dir=None)
     trainer(health, logger=logger, log_every_n_steps=4, max_steps=8).fit(Classifier(mlp(5)), batches())
     last = {layer.name: layer for layer in health.report().layers}
-    values = {value.tag.rsplit("/", 1)[-1]: value for value in events_of(Path(logger.log_dir))[-1].summary.value}
+    values = {value.tag.rsplit("/", 1)[-1]: value for value in events_of(Path(logger.log_dir))[-2].summary.value}
     first = {value.tag.rsplit("/", 1)[-1]: value for value in events_of(Path(logger.log_dir))[0].summary.value}
     names = json.loads(first["layers"].metadata.plugin_data.content)["layers"]
     assert [name for name, *_ in names] == list(last)

@@ -10,14 +10,15 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from lightning_gradhealth.cli.demo import demo
-from lightning_gradhealth.cli.diagnose import diagnose
-from lightning_gradhealth.cli.explain import explain
-from lightning_gradhealth.cli.report import report
-from lightning_gradhealth.cli.serve import serve
+from lightning_gradhealth.cli import demo, diagnose, explain, report, serve
 
+# not by their functions' names: jsonargparse would look for `diagnose` in the package too, and find torch behind it
 COMMANDS: Mapping[str, Callable[..., int]] = {
-    command.__name__: command for command in (demo, report, diagnose, explain, serve)
+    "demo": demo.run,
+    "report": report.run,
+    "diagnose": diagnose.run,
+    "explain": explain.run,
+    "serve": serve.run,
 }
 # what a signature cannot say: a dash in a name, and a positional that may be left out
 _BY_HAND: Mapping[str, Mapping[str, dict[str, Any]]] = {

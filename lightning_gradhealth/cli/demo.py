@@ -9,7 +9,7 @@ from lightning_gradhealth.cli.misuse import MisuseError, needs
 from lightning_gradhealth.messages import printable
 
 
-def demo(logdir: Path = Path("runs"), epochs: int = 20) -> int:
+def run(logdir: Path = Path("runs"), epochs: int = 20) -> int:
     """Train a sick network, the same one cured, and one at a wild learning rate, on handwritten digits.
 
     Args:

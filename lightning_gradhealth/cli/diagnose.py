@@ -16,7 +16,7 @@ from lightning_gradhealth.messages import printable, reason_of
 _EXAMPLE = "e.g. package.module:function"
 
 
-def diagnose(factory: str, batch: str = "") -> int:
+def run(factory: str, batch: str = "") -> int:
     """Look at the signal on its way through a model, forward and backward, before anything is trained.
 
     Args:

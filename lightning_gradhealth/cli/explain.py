@@ -12,7 +12,7 @@ from lightning_gradhealth.validation import check_choice
 _WIDTH = 80
 
 
-def explain(condition: str = "") -> int:
+def run(condition: str = "") -> int:
     """Say what a condition means, when it is found, and what to do; without one, list all.
 
     Args:

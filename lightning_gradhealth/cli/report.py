@@ -26,7 +26,7 @@ NO_DATA = (
 )
 
 
-def report(
+def run(
     logdir: Path, html: Path | None = None, json: Path | None = None, md: Path | None = None, fail_on: str = ""
 ) -> int:
     """Say what was found in the runs below a folder, from their event files alone.

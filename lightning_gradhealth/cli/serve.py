@@ -13,7 +13,7 @@ HOST = "127.0.0.1"
 RELOAD = 2.0  # seconds between two looks into the files
 
 
-def serve(logdir: Path, port: int = 6007) -> int:
+def run(logdir: Path, port: int = 6007) -> int:
     """Show the runs below a folder in a browser, live, to this machine alone, until Ctrl-C.
 
     Args:
@@ -45,12 +45,9 @@ def serve(logdir: Path, port: int = 6007) -> int:
             over.wait(RELOAD)
 
     threading.Thread(target=follow, daemon=True).start()
-    with serving:
-        print(f"Grad Health of {printable(logdir)}: http://{HOST}:{serving.server_port}/ (Ctrl-C ends it)", flush=True)
-        try:
-            serving.serve_forever()
-        except KeyboardInterrupt:
-            print()
-        finally:
-            over.set()
+    print(f"Grad Health of {printable(logdir)}: http://{HOST}:{serving.port}/ (Ctrl-C ends it)", flush=True)
+    try:
+        serving.serve_forever()  # until Ctrl-C
+    finally:
+        over.set()
     return 0
