@@ -97,7 +97,7 @@ def shell() -> tuple[str, str]:
     """
     code = 'import { render } from "./index.js";\nawait render();\n'
     policy = (
-        f"default-src 'none'; script-src 'self' {_hash(code)}; style-src 'self' 'unsafe-inline'; connect-src 'self';"
+        f"default-src 'none'; script-src 'self' {_hash(code)}; style-src 'self'; connect-src 'self';"
         " img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
