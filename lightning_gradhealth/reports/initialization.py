@@ -37,15 +37,16 @@ def _init_table(report: InitReport) -> FittedTable:
     gain_from = [" ".join(filter(None, (e.follows, f"({e.found})" if e.found else ""))) for e in entries]
     columns = (
         Column("rule and scheme", [f"{e.rule}: {e.scheme} {e.distribution}" for e in entries], 1, words=True),
-        Column("fan", [figure(e.fan) for e in entries], 6),
-        Column("gain", [figure(e.gain) for e in entries], 4),
+        Column("fan", [figure(e.fan) for e in entries], 5),
+        Column("gain", [figure(e.gain) for e in entries], 3),
         Column("std", [figure(e.target_std) for e in entries], 2),
-        Column("measured", [figure(e.measured_std) for e in entries], 5),
+        Column("measured", [figure(e.measured_std) for e in entries], 4),
         Column(
             "follows, note",
             ["; ".join(filter(None, (gain, e.note))) for gain, e in zip(gain_from, entries, strict=True)],
-            3,
+            6,
             words=True,
+            below=True,
         ),
     )
     names = [f"{entry.name} {'×'.join(map(str, entry.shape))}" for entry in entries]

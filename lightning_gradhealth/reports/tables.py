@@ -26,12 +26,14 @@ class Column:
         cells: A text for each row.
         rank: Its importance: those of the greatest rank are left out first.
         words: Words, which stand on the left and go on in a second line; else numbers, which are never broken.
+        below: Where it has no room, its cells stand below their rows.
     """
 
     title: str
     cells: Sequence[str]
     rank: int = 0
     words: bool = False
+    below: bool = False
 
     @property
     def natural(self) -> int:
@@ -92,6 +94,7 @@ class FittedTable:
             yield from _told(f"each name begins with {prefix}", width)
         full = max(cell_len(self._title), *map(cell_len, names), 1)
         shown = self._chosen(full, width)
+        hidden = [column for column in self._columns if column not in shown]
         widths = _widths(full, shown, width)
         all_titles = (self._title, *(column.title for column in shown))
         titles = [_title(title, room) for title, room in zip(all_titles, widths, strict=True)]
@@ -102,7 +105,10 @@ class FittedTable:
             cells = [fold(name, widths[0])]
             cells += [_words(column.cells[row], room) for column, room in zip(shown, widths[1:], strict=True)]
             yield from _rows(cells, widths, left, self._styles[row])
-        if missing := [column.title for column in self._columns if column not in shown]:
+            for column in hidden:
+                if column.below and column.cells[row].strip():
+                    yield from _told(column.cells[row], width, indent=2)
+        if missing := [column.title for column in hidden if not column.below]:
             yield from _told(f"no room for {'; '.join(missing)}", width)
 
     def _shortened(self, width: int) -> tuple[list[str], str]:
@@ -174,9 +180,9 @@ def _line(text: str, style: str) -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ignore")
 
 
-def _told(text: str, width: int) -> Iterator[Text]:
-    for part in _words(text, width):
-        yield _line(part, "dim")
+def _told(text: str, width: int, indent: int = 0) -> Iterator[Text]:
+    for part in _words(text, width - indent):
+        yield _line(" " * indent + part, "dim")
 
 
 def _breakable(title: str) -> str:
