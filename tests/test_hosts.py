@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 import lightning_gradhealth as gh
@@ -249,6 +250,29 @@ def test_titles_are_short_and_plain(condition: str) -> None:
     title = title_of(Finding(condition, "warning", (), 3, 3))
     assert len(title) <= LONGEST_TITLE
     assert title.isprintable()
+
+
+# --- images only -----------------------------------------------------------------------------------------------
+
+
+def test_a_writer_of_tensorboardx_gets_a_figure(tmp_path: Path) -> None:
+    tensorboard_x = pytest.importorskip("tensorboardX")
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    with tensorboard_x.SummaryWriter(str(tmp_path)) as writer:
+        session = gh.HealthSession(net, loggers=writer)
+        for _ in range(6):
+            optimizer.zero_grad()
+            loss = net(torch.ones(3, 4)).square().mean()
+            loss.backward()
+            session.apply(session.observe(optimizer, loss))
+            optimizer.step()
+        session.flush()
+        session.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert events.Tags()["images"] == ["gradhealth/report"]
+    (image,) = events.Images("gradhealth/report")
+    assert (image.step, image.width > 400, image.height > 300) == (5, True, True)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, ClassVar
@@ -84,7 +85,16 @@ class Trackio(Host):
         self.run.alert(title=title_of(finding), text=str(finding), level=AlertLevel[level])
 
 
-_HOSTS: dict[str, type[Host]] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
+class Figures(Host):
+    """A SummaryWriter of tensorboardX, which has no events for the Grad Health tab: it takes a figure."""
+
+    def report(self, report: HealthReport, page: str) -> None:
+        """See `Host`; nothing where Matplotlib is not installed."""
+        if importlib.util.find_spec("matplotlib") is not None:
+            self.run.add_figure("gradhealth/report", report.plot()[0], max(report.step, 0))
+
+
+_HOSTS: dict[str, type[Host]] = {"wandb": Wandb, "mlflow": MLflow, "trackio": Trackio, "tensorboardX": Figures}
 
 
 def host_of(logger: Any) -> Host | None:
