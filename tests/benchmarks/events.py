@@ -1,8 +1,8 @@
 """What a logged step costs its caller, and the disk: one tensor event for all layers beside a scalar each, in one run.
 
 500 layers x 4 quantities. Logged steps of both ways take turns, so that a busy machine slows both alike; the caller's
-time is what the calls take until they return. The event is built for a twentieth of the time and a fifteenth of the disk
-(tests/benchmarks/test_events.py asserts what is exact). By hand: `python tests/benchmarks/events.py`.
+time is what the calls take until they return. The event is built for a twentieth of the time and a fifteenth of the
+disk (tests/benchmarks/test_events.py asserts what is exact). By hand: `python tests/benchmarks/events.py`.
 """
 
 from __future__ import annotations
