@@ -254,6 +254,16 @@ def test_several_runs_in_one_page_one_json_and_one_markdown(runs: tuple[Path, An
     assert re.findall("^# .*/(\\w+)$", files["md"].read_text(), re.MULTILINE) == ["healthy", "nan", "vanishing"]
 
 
+@pytest.mark.parametrize("kind", ["json", "md", "html"])
+def test_a_dash_is_standard_output_and_has_it_to_itself(runs: tuple[Path, Any], kind: str) -> None:
+    done = run("report", str(runs[0]), f"--{kind}", "-")
+    assert done.returncode == 0
+    assert done.stdout.startswith({"json": "{", "md": "# ", "html": "<!doctype"}[kind])
+    assert "vanishing_gradients" in done.stderr
+    if kind == "json":
+        assert len(json.loads(done.stdout)["runs"]) == 3
+
+
 def test_a_pipe_that_is_closed_is_no_error(runs: tuple[Path, Any]) -> None:
     command = f"{sys.executable} -m lightning_gradhealth.cli report {runs[0]} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENVIRONMENT, check=True)

@@ -20,6 +20,7 @@ from lightning_gradhealth.validation import check_choice
 if TYPE_CHECKING:
     from lightning_gradhealth.view.data import RunView
 
+_STDOUT = Path("-")
 NO_DATA = (
     "no run below {} has Grad Health data; a run has where its Trainer was given callbacks=[gh.GradHealth()] and"
     " logger=TensorBoardLogger(...), and `gradhealth demo` makes three"
@@ -34,20 +35,21 @@ def run(
     Args:
         logdir: A folder as TensorBoard takes it.
         html: Write all runs as one page, in one file, here.
-        json: Write their reports as JSON here.
+        json: Write their reports as JSON here; "-" is standard output, and what else is said goes to standard error.
         md: Write their reports as Markdown here, as for a pull request.
         fail_on: Conditions, separated by commas: the exit code is 1 where one was found in a run, above info.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=_STDOUT in (html, json, md))
     views = runs_below(logdir)
     reports, broken = _reports(views, console)
     wanted = _conditions(fail_on, reports.values())
     for name, one in reports.items():
         console.print(Text(f"run {printable(_path(logdir, name))}", style="bold"), overflow="fold")
         console.print(one)
-    _write(html, lambda: _page(views))
-    _write(json, lambda: dumps({"runs": [{"run": name, **one.to_dict()} for name, one in reports.items()]}, indent=1))
-    _write(md, lambda: "\n\n".join(_markdown(_path(logdir, name), one) for name, one in reports.items()))
+    _write(console, html, lambda: _page(views))
+    listed = [{"run": name, **one.to_dict()} for name, one in reports.items()]
+    _write(console, json, lambda: dumps({"runs": listed}, indent=1))
+    _write(console, md, lambda: "\n\n".join(_markdown(_path(logdir, name), one) for name, one in reports.items()))
     failed = {name: hit for name, one in reports.items() if (hit := one.conditions & wanted)}
     for name, hit in failed.items():
         found = ", ".join(sorted(map(str, hit)))
@@ -138,7 +140,7 @@ def _markdown(path: str, one: HealthReport) -> str:
     return f"# {as_markdown(path)}\n\n#{markdown(one)}"
 
 
-def _write(path: Path | None, content: Callable[[], str]) -> None:
+def _write(console: Console, path: Path | None, content: Callable[[], str]) -> None:
     """Write a file, if one was asked for.
 
     Raises:
@@ -148,9 +150,12 @@ def _write(path: Path | None, content: Callable[[], str]) -> None:
 
     if path is None:
         return
+    if path == _STDOUT:
+        print(content())
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, content() + "\n")
     except Exception as error:
         raise MisuseError(f"{printable(path)} cannot be written: {reason_of(error)}") from None
-    print(f"written: {printable(path)}")
+    console.print(Text(f"written: {printable(path)}"), soft_wrap=True)
