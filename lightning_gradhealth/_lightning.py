@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from rich.text import Text
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from lightning_gradhealth.messages import say
 from lightning_gradhealth.sharding import is_flat, is_sharded
@@ -71,15 +73,76 @@ def loss_of(trainer: pl.Trainer, outputs: Any, key: str | None) -> Tensor | floa
 
 def _logged_losses(trainer: pl.Trainer) -> Tensor | None:
     """In manual optimization the sum of the training losses that were given to `self.log`, by their names."""
-    if trainer.lightning_module.automatic_optimization:
-        return None
-    losses = [
-        value
-        for name, value in trainer.callback_metrics.items()
-        if "loss" in name.lower() and not name.lower().startswith(("val", "test")) and not name.endswith("_epoch")
-    ]
-    single = [value.detach() for value in losses if value.numel() == 1]
+    single = list(_by_name(trainer).values())
     return sum(single[1:], single[0].clone()) if single else None
+
+
+def _by_name(trainer: pl.Trainer) -> dict[str, Tensor]:
+    """In manual optimization the training losses that were given to `self.log`."""
+    if trainer.lightning_module.automatic_optimization:
+        return {}
+    return {
+        name: value.detach()
+        for name, value in trainer.callback_metrics.items()
+        if "loss" in name.lower()
+        and not name.lower().startswith(("val", "test"))
+        and not name.endswith("_epoch")
+        and value.numel() == 1
+    }
+
+
+def losses_by_optimizer(trainer: pl.Trainer, outputs: Any) -> list[tuple[Optimizer, Tensor]]:
+    """In manual optimization, of several optimizers each with the logged loss that is named after what it steps.
+
+    As "g_loss" or "loss_gen" after the module "generator"; of a last optimizer and a last loss each is the other's.
+    Empty where one of them is left without, and where `training_step` has returned a loss.
+
+    Args:
+        trainer: The Trainer.
+        outputs: What it has returned.
+    """
+    optimizers = trainer.optimizers
+    returned = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    losses = {} if returned is not None or len(optimizers) < 2 else _by_name(trainer)
+    if not losses:
+        return []
+    names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
+    stepped = [
+        {part.lower() for g in o.param_groups for p in g["params"] for part in names.get(id(p), "").split(".")[:-1]}
+        for o in optimizers
+    ]
+    own = [parts.difference(*(other for other in stepped if other is not parts)) for parts in stepped]
+    found = {number: _named_after(parts, losses) for number, parts in enumerate(own)}
+    chosen = [name for name in found.values() if name]
+    left = [name for name in losses if name not in chosen]
+    if len(left) == 1 and list(found.values()).count("") == 1:
+        found = {number: name or left[0] for number, name in found.items()}
+    if "" in found.values() or len(set(found.values())) < len(found):
+        return []
+    return [(optimizers[number], losses[name]) for number, name in found.items()]
+
+
+_NO_MODULE = {"loss", "losses", "train", "training", "step", "total"}
+
+
+def _named_after(modules: Collection[str], losses: Collection[str]) -> str:
+    """The loss with a word that is the beginning of one of some modules' names; of several the shortest; "" for none.
+
+    Example:
+        >>> _named_after({"generator"}, ["d_loss", "g_loss", "g_loss_l1"]), _named_after({"critic"}, ["d_loss"])
+        ('g_loss', '')
+    """
+    known = [
+        name
+        for name in losses
+        if any(
+            module.startswith(word) or word.startswith(module)
+            for word in set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())) - _NO_MODULE
+            for module in modules
+            if not module.isdigit()
+        )
+    ]
+    return min(known, key=len, default="")
 
 
 class BackwardLosses:

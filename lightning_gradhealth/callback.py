@@ -291,7 +291,9 @@ class GradHealth(Callback):
         self._session.pause_probe()
         self._session.monitor.changed.forget()
         known = self._losses.end_batch()
-        loss = None if known else _lightning.loss_of(trainer, outputs, self.loss_key)
+        own = [] if known or self.loss_key is not None else _lightning.losses_by_optimizer(trainer, outputs)
+        self._session.add_losses(own)
+        loss = None if known or own else _lightning.loss_of(trainer, outputs, self.loss_key)
         if loss is not None:
             self._session.add_loss(loss)
             note = _lightning.note_on_loss(outputs)

@@ -351,6 +351,19 @@ class HealthSession:
         if waiting:
             self._losses = None
 
+    @never_fatal(together=True)
+    def add_losses(self, losses: Iterable[tuple[Optimizer, Tensor]]) -> None:
+        """Give the last step of each of several optimizers its own loss.
+
+        Args:
+            losses: The optimizers, and shape () each.
+        """
+        for optimizer, loss in losses:
+            number = self.monitor.index_of(optimizer)
+            row = next((row for row in reversed(self.monitor.rows) if row.optimizer == number), None)
+            if row is not None and row.loss is None:
+                row.loss = loss.clone().reshape(())
+
     def apply(self, decision: Decision) -> None:
         """Carry out what `observe` decided: clip the gradients, or set them to None, which skips the step.
 

@@ -243,6 +243,48 @@ def test_a_generator_whose_gradient_dies_is_found_whatever_is_logged(log: str) -
     assert finding.evidence["norm_now"] < 1e-3 * finding.evidence["norm_before"]
 
 
+class Named(Two):
+    """Steps by `loss.backward()`: of the losses nothing is known but what is logged, under such names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for number, (optimizer, loss_of) in enumerate(
+            zip(self.optimizers(), (self.generator_loss, self.critic_loss), strict=True)
+        ):
+            optimizer.zero_grad()
+            loss = loss_of(batch[0])
+            loss.backward()
+            optimizer.step()
+            self.losses[number].append(loss.item())
+            if len(self.names) > number:
+                self.log(self.names[number], loss)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("g_loss", "d_loss"), ("loss_Gen", "loss_critic"), ("train/GeneratorLoss", "adv_loss"), ("x_loss", "c_loss")],
+)
+def test_logged_losses_are_those_of_the_optimizers_that_they_are_named_after(names: tuple[str, str]) -> None:
+    module, health = Named(*names), GradHealth(rules=[Losses()])
+    fit(module, health, max_epochs=3, max_steps=-1, log_every_n_steps=8)
+    kept = health.state_dict()["judgement"]["rules"]["Losses:losses:0"]["memory"]
+    for number, losses in enumerate(module.losses):
+        assert kept[f"of{number}"] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("names", [("loss",), ("first_loss", "second_loss"), ("g_loss",)])
+def test_losses_that_could_be_anybodys_are_summed(names: tuple[str, ...]) -> None:
+    module, health = Named(*names), GradHealth(rules=[Losses()])
+    fit(module, health, max_epochs=2, max_steps=-1, log_every_n_steps=8)
+    kept = health.state_dict()["judgement"]["rules"]["Losses:losses:0"]["memory"]
+    whole = [sum(both) for both in zip(*module.losses[: len(names)], strict=True)]
+    assert kept["of0"] == pytest.approx(whole)
+    assert kept["of1"] == pytest.approx(whole)
+
+
 @pytest.mark.parametrize("log", ["", "both", "now and then"])
 def test_a_loss_that_converges_to_what_is_left_is_no_dying(log: str) -> None:
     health = GradHealth()

@@ -40,7 +40,9 @@ class ExplodingInTime(Rule):
             if norm is None or not math.isfinite(norm):
                 continue
             if len(recent) >= self.thresholds.time_warmup:
-                usual = max(median(recent), median(early) / 100)
+                several = self.memory["several"] = self.memory.get("several", False) or step.optimizer > 0
+                # one of several that play against each other, as in a GAN, may rest for long, and begin anew
+                usual = max(median(recent), _level(early) / (10 if several else 100))
                 factor = norm / usual if usual > 0 else 0.0
                 if factor > self.thresholds.time_ratio:
                     leaps.append((factor, step))
@@ -75,6 +77,11 @@ class ExplodingInTime(Rule):
         """Whether the steps are too large, and no bad batch is to blame: they were so before, or they stay so."""
         before = updates.largest > self.thresholds.update_repeated and updates.at < since
         return updates.largest > self.thresholds.update_at_once or before or (lasting and updates.fast)
+
+
+def _level(early: list[float]) -> float:
+    """The third largest of the first norms: they may die in the first steps already, and one or two may stand out."""
+    return sorted(early)[-min(3, len(early))]
 
 
 def _norm_in_effect(step: StepStats) -> float | None:
@@ -117,9 +124,11 @@ class VanishingInTime(Rule):
         )
         if min(len(late_norm), len(late_loss)) < self.thresholds.growth_window:
             return NOT_MEASURED
-        few = self.thresholds.time_warmup  # they may die in the first steps already
-        before = max(median(early_norm[at : at + few]) for at in range(0, len(early_norm), few))
         now, start, loss = median(late_norm), median(early_loss), median(late_loss)
+        at_first = median(early_loss[:3])
+        # it may all be over after the first step; where the loss fell at once, too, that was for the good
+        fell_at_once = loss <= at_first - self.thresholds.stalled_fall * abs(at_first)
+        before = _level(early_norm) if fell_at_once else max(early_norm)
         if now >= before / self.thresholds.time_ratio or self._has_fallen(early_loss, late_loss):
             return None
         remedy = for_rate(

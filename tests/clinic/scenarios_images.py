@@ -218,11 +218,25 @@ def vae() -> Built:
 
 
 class GAN(pl.LightningModule):
-    """Two nets with an optimizer each, which take turns by hand: points on a ring."""
+    """Two nets with an optimizer each, which take turns by hand.
 
-    def __init__(self) -> None:
+    Args:
+        saturating: The generator minimises log(1 - D(G(z))), which is flat where the critic is sure.
+        ahead: Steps of the critic for each of the generator.
+        rates: Of the generator and the critic.
+        by_hand: Its backward passes are not Lightning's; the losses are logged.
+    """
+
+    def __init__(
+        self,
+        saturating: bool = False,
+        ahead: int = 1,
+        rates: tuple[float, float] = (1e-3, 1e-3),
+        by_hand: bool = False,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.saturating, self.ahead, self.rates, self.by_hand = saturating, ahead, rates, by_hand
         self.generator = nn.Sequential(nn.Linear(8, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 2))
         self.critic = nn.Sequential(
             nn.Linear(2, 48), nn.LeakyReLU(0.2), nn.Linear(48, 48), nn.LeakyReLU(0.2), nn.Linear(48, 1)
@@ -233,25 +247,67 @@ class GAN(pl.LightningModule):
         ours, theirs = self.optimizers()
         fake = self.generator(torch.randn(len(real), 8))
         self.toggle_optimizer(theirs)
-        loss = functional.softplus(-self.critic(real)).mean() + functional.softplus(self.critic(fake.detach())).mean()
-        theirs.zero_grad()
-        self.manual_backward(loss)
-        theirs.step()
+        for _ in range(self.ahead):
+            loss = functional.softplus(-self.critic(real)).mean()
+            loss = loss + functional.softplus(self.critic(fake.detach())).mean()
+            self._step(theirs, "d_loss", loss)
         self.untoggle_optimizer(theirs)
         self.toggle_optimizer(ours)
-        loss = functional.softplus(-self.critic(fake)).mean()
-        ours.zero_grad()
-        self.manual_backward(loss)
-        ours.step()
+        scores = self.critic(fake)
+        loss = -functional.softplus(scores).mean() if self.saturating else functional.softplus(-scores).mean()
+        self._step(ours, "g_loss", loss)
         self.untoggle_optimizer(ours)
 
+    def _step(self, optimizer: Any, name: str, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.given = loss.item()  # for the twin
+        if self.by_hand:
+            loss.backward()
+        else:
+            self.manual_backward(loss)
+        optimizer.step()
+        self.log(name, loss)
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        nets = (self.generator, self.critic)
-        return [torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.5, 0.999)) for net in nets]
+        nets = zip((self.generator, self.critic), self.rates, strict=True)
+        return [torch.optim.Adam(net.parameters(), lr=rate, betas=(0.5, 0.999)) for net, rate in nets]
 
 
-@scenario("GAN with manual optimization", 300, units={r"generator\.[02]": "relu"}, falls=None)
+def _ring(batches: int, far: float = 0.0) -> list[Any]:
+    """Points on a ring, so far from where generators begin."""
+    angle = 2 * torch.pi * torch.rand(batches, 64)
+    ring = torch.stack([angle.cos() + far, angle.sin()], -1) + 0.05 * torch.randn(batches, 64, 2)
+    return [(points, 0) for points in ring]
+
+
+FED = {r"generator\.[02]": "relu"}
+
+
+@scenario("GAN with manual optimization", 300, units=FED, falls=None)
 def gan() -> Built:
-    angle = 2 * torch.pi * torch.rand(150, 64)
-    ring = torch.stack([angle.cos(), angle.sin()], -1) + 0.05 * torch.randn(150, 64, 2)
-    return GAN(), [(points, 0) for points in ring]
+    return GAN(), _ring(150)
+
+
+@scenario(
+    "GAN whose critic is far ahead, saturating loss",
+    540,
+    must=(must("vanishing_gradients", layers=r"generator\.\d"),),
+    allow=("loss_spike",),
+)
+def gan_dies() -> Built:
+    return GAN(saturating=True, ahead=5, rates=(2e-4, 1e-2)), _ring(90, far=4.0)
+
+
+@scenario("GAN whose critic is ahead, non-saturating loss", 540, units=FED, falls=None)
+def gan_lives() -> Built:
+    return GAN(ahead=5, rates=(1e-3, 3e-3)), _ring(90, far=4.0)
+
+
+@scenario(
+    "GAN that steps by loss.backward(), saturating loss",
+    540,
+    must=(must("vanishing_gradients", layers=r"generator\.\d"),),
+    allow=("loss_spike",),
+)
+def gan_by_hand_dies() -> Built:
+    return GAN(saturating=True, ahead=5, rates=(2e-4, 1e-2), by_hand=True), _ring(90, far=4.0)

@@ -44,6 +44,7 @@ class Twin(pl.Callback):
         bad: Steps at which a gradient, or the loss, was not finite.
         orphans: At the end, for each tensor that had a gradient and never moved, whether that was a mistake.
         bounded: For every batch whether all that a loss on logits was given lay between 0 and 1.
+        given: For each optimizer the loss of each of its steps, where a module says it.
         carried: For every step how much of the gradient was there before the backward pass, by its norm.
     """
 
@@ -71,6 +72,7 @@ class Twin(pl.Callback):
         self.bounded: list[bool] = []
         self.carried: list[float] = []
         self._left: list[list[float]] = []
+        self.given: dict[int, list[float]] = {}
         self._began: dict[int, Tensor] = {}
         self._there: set[int] = set()
 
@@ -151,6 +153,7 @@ class Twin(pl.Callback):
         norm = math.sqrt(sum(float(np.sum(np.square(_array(g)))) for g in gradients.values()))
         number = next(i for i, o in enumerate(trainer.optimizers) if getattr(o, "optimizer", o) is optimizer)
         self.norms.setdefault(number, []).append(norm)
+        self.given.setdefault(number, []).append(getattr(pl_module, "given", math.nan))
         if self._left and norm > 0:  # the least of the passes of a step: where one began with nothing, all is well
             self.carried.append(min(left[number] for left in self._left) / norm)
         self._left = []
@@ -252,7 +255,8 @@ class Twin(pl.Callback):
 
     def leap(self) -> float:
         """The largest leap of a gradient norm over its usual size, in powers of ten."""
-        return max((math.log10(f) for norms in self.norms.values() for f in _leaps(norms)), default=0.0)
+        rests = 10 if len(self.norms) > 1 else 100  # a critic that has won rests until the generator catches up
+        return max((math.log10(f) for norms in self.norms.values() for f in _leaps(norms, rests)), default=0.0)
 
     def settled(self) -> bool:
         """Whether the loss has come down since the start."""
@@ -337,12 +341,12 @@ def _weights(module: nn.Module) -> dict[str, np.ndarray]:
     return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
-def _leaps(norms: list[float]) -> Iterator[float]:
+def _leaps(norms: list[float], rests: float) -> Iterator[float]:
     """Each norm over the median of those before it, where that is not tiny beside the first ones."""
     for i, norm in enumerate(norms):
         before = [n for n in norms[max(0, i - 100) : i] if math.isfinite(n)]
         early = [n for n in norms[:20] if math.isfinite(n)]
-        usual = max(np.median(before), np.median(early) / 100) if len(before) >= 5 else 0.0
+        usual = max(np.median(before), np.median(early) / rests) if len(before) >= 5 else 0.0
         if usual > 0 and 0 < norm < math.inf:
             yield norm / usual
 
@@ -373,8 +377,18 @@ def _vanishing(twin: Twin) -> float:
     norms = twin.norms.get(0, [])
     early, late = [np.median(part) if part else 1.0 for part in (norms[:20], norms[-20:])]
     fallen = len(norms) >= 40 and 0 < late < early / 1e3 and not twin.settled()
+    if len(twin.norms) > 1:  # each has a loss of its own, which has not come down
+        fallen = any(
+            _has_died(norms) and np.median(twin.given[number][-20:]) >= np.median(twin.given[number][:20])
+            for number, norms in twin.norms.items()
+        )
     falls = sorted(twin.swallowed(), reverse=True)[1:2]  # the layer may recover: twice is enough
     return max(over_depth, *falls, 3.0 if fallen else 0.0)
+
+
+def _has_died(norms: list[float]) -> bool:
+    """Whether norms are a thousandth of the largest of the first ones."""
+    return len(norms) >= 40 and 0 < np.median(norms[-20:]) < max(norms[:20]) / 1e3
 
 
 def _oversized(twin: Twin) -> float:
