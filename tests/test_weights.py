@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradhealth import HealthSession, LayerStats
+from lightning_gradhealth import Condition, HealthSession, LayerStats
 from lightning_gradhealth.gradients.weights import SAMPLE, sample_indices
 
 
@@ -100,3 +100,28 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert got.grad_norm == pytest.approx(math.sqrt(2000), rel=1e-6)
     exact = (weight.detach() - before).norm().item() / before.norm().item()
     assert got.update_to_weight == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("seed", range(9))
+def test_a_single_linear_layer_at_a_good_rate_takes_no_oversized_steps(
+    kind: type[torch.optim.Optimizer], seed: int
+) -> None:
+    """With one layer, half of the layers is that one."""
+    torch.manual_seed(seed)
+    net = torch.nn.Linear(16, 4)
+    optimizer = kind(net.parameters(), lr=0.1 if kind is torch.optim.SGD else 0.01)
+    session = HealthSession(net, probe_every_n_steps=10, announce=lambda line: None)
+    teacher = torch.randn(16, 4) / 4
+    losses = []
+    for _ in range(150):
+        x = torch.randn(32, 16)
+        loss = (net(x) - x @ teacher).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        session.apply(session.observe(optimizer, loss))
+        optimizer.step()
+        losses.append(loss.item())
+    session.flush()
+    assert losses[-1] < 0.2 * losses[0]
+    assert Condition.OVERSIZED_UPDATES not in session.report().conditions

@@ -64,7 +64,7 @@ class Scenario:
         falls: Least fall of the loss, as a share of its start, that shows that a healthy training learns; None: it
             cannot fall, or is no measure of learning (GAN).
         noted: Conditions that must be noted, of severity info.
-        options: Of the Trainer.
+        options: Of the Trainer; a function makes what has a state of its own, anew for every fit.
         report: The public report behind it, as "owner/repository#number"; "": none.
     """
 
@@ -109,7 +109,8 @@ def scenario(name: str, steps: int = 100, allow: Sequence[str] = (), **label: An
 def fit(case: Scenario, seed: int, watcher: pl.Callback) -> None:
     """Train under the eyes of one callback."""
     module, loader = case.make(seed)
-    options = {"log_every_n_steps": 10, "max_epochs": -1, "max_steps": case.steps, **case.options}
+    own = {name: value() if callable(value) else value for name, value in case.options.items()}
+    options = {"log_every_n_steps": 10, "max_epochs": -1, "max_steps": case.steps, **own}
     torch.manual_seed(seed)
     trainer(watcher, **options).fit(module, loader)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from clinic import Built, must, scenario
+from lightning.pytorch.plugins import MixedPrecision
 from nets import CHAIN, HE, Task, adam, classes, classifier, scaled, sgd, stack
 from torch import Tensor, nn
 from torch.nn import functional
@@ -158,6 +159,53 @@ class ByHand(Task):
 @scenario("accumulation by hand, gradients set to zero", 80, falls=0.1)
 def accumulated() -> Built:
     return ByHand(stack(3), functional.cross_entropy, adam(3e-3), to_none=False), classes(320, batch=16)
+
+
+# --- gradients clipped while the loss scale is in them -------------------------------------------------------
+
+
+def _scaler() -> list[Any]:
+    return [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**12))]
+
+
+class ClippedEarly(Task):
+    """Clips right after the backward pass, before `unscale_`, by norm or by value."""
+
+    def __init__(self, *parts: Any, by_value: bool) -> None:
+        super().__init__(*parts)
+        self.by_value = by_value
+
+    def on_after_backward(self) -> None:
+        if self.by_value:
+            nn.utils.clip_grad_value_(self.parameters(), 0.05)
+        else:
+            nn.utils.clip_grad_norm_(self.parameters(), 0.05)
+
+
+EARLY = {"must": (must("stalled_layers"),), "allow": ("stalled_loss",), "options": {"plugins": _scaler}}
+
+
+@scenario("gradients clipped by norm before unscale_", 120, **EARLY)
+def clipped_by_norm_early() -> Built:
+    return ClippedEarly(scaled(stack(4), HE), functional.cross_entropy, sgd(0.01), by_value=False), classes(120)
+
+
+@scenario("gradients clipped by value before unscale_", 120, **EARLY)
+def clipped_by_value_early() -> Built:
+    return ClippedEarly(scaled(stack(4), HE), functional.cross_entropy, sgd(0.01), by_value=True), classes(120)
+
+
+BY_VALUE = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
+
+
+@scenario("gradients clipped by norm after unscale_", 150, options={"plugins": _scaler, "gradient_clip_val": 0.5})
+def clipped_by_norm() -> Built:
+    return classifier(scaled(stack(4), HE), sgd(0.05)), classes(150)
+
+
+@scenario("gradients clipped by value after unscale_", 150, options={"plugins": _scaler, **BY_VALUE})
+def clipped_by_value() -> Built:
+    return classifier(scaled(stack(4), HE), sgd(0.05)), classes(150)
 
 
 # --- one layer alone -----------------------------------------------------------------------------------------
