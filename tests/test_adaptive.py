@@ -271,6 +271,32 @@ def test_the_gate_opens_and_closes_again() -> None:
     assert not any(armed[-100:])
 
 
+@pytest.mark.parametrize(("every_n", "size"), [(5, 8.0), (10, 5.0), (10, 30.0), (25, 30.0), (25, 100.0)])
+def test_what_comes_often_is_no_spike(every_n: int, size: float) -> None:
+    norms = [norm * (size if step % every_n == every_n - 1 else 1.0) for step, norm in enumerate(noise(2_000))]
+    clipped = np.cumsum([value < 1.0 for value in coefficients(WhenExploding(), norms)])
+    assert clipped[-1] > 0
+    assert all(clipped <= np.maximum(2, 0.005 * np.arange(1, 2_001)))
+
+
+def test_spikes_in_a_row_that_rise_are_clipped_however_many_there_were() -> None:
+    norms = noise(100)
+    for step in (40, 60, 80):
+        norms[step] = 30.0
+    got = coefficients(WhenExploding(), [*norms, 60.0, 90.0, 150.0])
+    assert [step for step, value in enumerate(got) if value < 1.0] == [40, 60, 101, 102]
+
+
+@pytest.mark.parametrize(("sigma", "outbreak"), [(0.1, False), (0.5, False), (0.9, True)])
+def test_heavy_spikes_are_an_outbreak_where_all_norms_scatter(sigma: float, outbreak: bool) -> None:
+    norms = noise(300, sigma)
+    norms[150] = norms[250] = 1e4
+    seen = cuts(WhenExploding(), norms)
+    assert bool(seen[150].armed)
+    assert bool(seen[250].armed)
+    assert [bool(cut.outbreak) for cut in seen] == [outbreak and step >= 250 for step in range(300)]
+
+
 def test_a_latched_gate_stays_open() -> None:
     clipper = WhenExploding(latch=True)
     armed = [bool(cut.armed) for cut in cuts(clipper, [*noise(99), 1e6, 1e6, *noise(1_000, seed=1)])]

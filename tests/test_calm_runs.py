@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_gradhealth import WhenExploding
 
 SEEDS, STEPS = 6, 250
-TOUCHED, OFTEN = 0.02, 0.01  # measured: 1.6 % and .2 % of 429 runs
+TOUCHED = 0.02  # measured: 7 of 429 runs
 WIDTHS = {"linear": [8, 1], "tanh": [4, 16, 1], "relu": [8, 32, 32, 1]}
 RATES = {"sgd": (0.003, 0.01, 0.03), "adam": (1e-3, 3e-3, 1e-2)}
 
@@ -70,27 +71,35 @@ def _train(task: str, optimizer: str, batch: int) -> tuple[Tensor, Tensor, Tenso
 
 
 @functools.cache
-def _grid() -> tuple[Tensor, Tensor]:
-    """Which steps were clipped, and which runs are calm: they do not diverge."""
-    acted, calm = [], []
-    for task in WIDTHS:
-        for optimizer in RATES:
-            for batch in (1, 4, 16, 64):
-                norms, turns, losses = _train(task, optimizer, batch)
-                clipper, steps = WhenExploding(), []
-                for norm, turn in zip(norms, turns, strict=True):
-                    armed, level = clipper._judge(norm, turn)
-                    steps.append(armed & (norm > level * (1 + 1e-9)))
-                acted.append(torch.stack(steps))
-                ends = losses[-50:].mean(0)
-                calm.append(losses.isfinite().all(0) & (ends <= 1.05 * losses[:50].mean(0)))
-    return torch.cat(acted, 1), torch.cat(calm)
+def _clipped(task: str, optimizer: str, batch: int) -> Tensor:
+    """Which steps of the runs that do not diverge were clipped, shape (steps, runs)."""
+    norms, turns, losses = _train(task, optimizer, batch)
+    clipper, steps = WhenExploding(), []
+    for norm, turn in zip(norms, turns, strict=True):
+        armed, level = clipper._judge(norm, turn)
+        steps.append(armed & (norm > level * (1 + 1e-9)))
+    calm = losses.isfinite().all(0) & (losses[-50:].mean(0) <= 1.05 * losses[:50].mean(0))
+    assert calm.float().mean() > 0.9
+    return torch.stack(steps)[:, calm]
+
+
+def _grid(tasks: Iterable[str], batches: Iterable[int]) -> Tensor:
+    return torch.cat([_clipped(*row) for row in itertools.product(tasks, RATES, batches)], 1)
+
+
+def _most_allowed() -> Tensor:
+    """How many steps may be clipped up to each: two, or half a percent."""
+    return (0.005 * torch.arange(1, STEPS + 1)).clamp(min=2.0).unsqueeze(1)
+
+
+def test_no_calm_and_noisy_run_is_clipped_often() -> None:
+    acted = _grid(("linear", "tanh"), (1, 16))
+    assert acted.any()
+    assert (acted.cumsum(0) <= _most_allowed()).all()
 
 
 @pytest.mark.slow
-def test_calm_and_noisy_runs_are_left_alone() -> None:
-    acted, calm = _grid()
-    assert calm.float().mean() > 0.9
-    acted = acted[:, calm]
+def test_few_calm_and_noisy_runs_are_clipped_at_all() -> None:
+    acted = _grid(WIDTHS, (1, 4, 16, 64))
     assert acted[:100].any(0).float().mean() <= TOUCHED
-    assert (acted.sum(0) > max(2, 0.005 * STEPS)).float().mean() <= OFTEN
+    assert (acted.cumsum(0) <= _most_allowed()).all()
