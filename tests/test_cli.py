@@ -185,6 +185,13 @@ def test_a_run_that_goes_on_after_its_report_is_told_as_it_goes_on(tmp_path: Pat
     assert health_of(Logs(tmp_path).runs()[0]).conditions == {"exploding_gradients"}
 
 
+def test_a_run_that_is_begun_again_ends_where_it_is_now(tmp_path: Path) -> None:
+    write(tmp_path, [record(step, [1.0]) for step in range(50)])
+    write(tmp_path, [record(step, [1.0]) for step in range(10)], [finding()], suffix=".again")
+    (view,) = Logs(tmp_path).runs()
+    assert (view.last_step, health_of(view).steps, view.findings[0]["last_step"]) == (9, 10, 9)
+
+
 # --- report: exit codes, files and words -------------------------------------------------------------------------
 
 

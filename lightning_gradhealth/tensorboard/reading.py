@@ -173,7 +173,7 @@ class _Assembly:
         tags = found.tags.get(chosen, {})
         totals = self._totals()
         ends = [int(series.max_step) for series in found.series]
-        last = max(ends, default=0)
+        last = int(totals.steps[-1]) if len(totals.steps) else max(ends, default=0)  # of a run begun again: the new one
         starts = [entry[1] for entry in models]
         quantities = self._quantities(tags)
         return RunView(
