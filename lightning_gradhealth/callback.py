@@ -318,6 +318,10 @@ class GradHealth(Callback):
         if why and not trainer.should_stop:
             trainer.should_stop = True
             when = _lightning.held_back(trainer)
+            if when and self._session is not None:  # the steps until then are made all the same
+                self._session.notes.append(
+                    f"stopping: at step {_lightning.logged_step(trainer)} the fit was to end{when}"
+                )
             _lightning.announcer(trainer)(f"gradhealth: ends the fit{when}: {why}")
 
     @never_fatal()

@@ -305,12 +305,15 @@ def test_a_stop_that_the_trainer_holds_back_says_so(
     health = GradHealth(**asked)
     trainer(health, counter, log_every_n_steps=4, max_epochs=5, **least).fit(Breaks(), batches())
     said = [record.message for record in caplog.records if "ends the fit" in record.message]
+    noted = [note for note in health.report().notes if note.startswith("stopping: at step 3")]
     assert len(said) == 1
     if not least:
         assert len(batches_run) == 4
         assert "lets it" not in said[0]
+        assert not noted
         return
     ((name, value),) = least.items()
+    assert f"as soon as Trainer({name}={value}) lets it" in noted[0]
     assert f"as soon as Trainer({name}={value}) lets it" in said[0]
     assert len(batches_run) == {"min_epochs": 16, "min_steps": 14}[name]
 
