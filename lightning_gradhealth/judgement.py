@@ -88,7 +88,10 @@ class Judgement:
             self.ceilings.setdefault(step.optimizer, Ceiling()).add(step.total_norm)
         deep = any(len(chain.points) > 1 for chain in record.chains)
         self.depth_seen = self.depth_seen or deep or record.backward_gain is not None
-        self.signals_seen = self.signals_seen or any(layer.forward_rms is not None for layer in record.layers)
+        self.signals_seen = self.signals_seen or any(
+            layer.forward_rms is not None or any(matrix.backward_gain is not None for matrix in layer.matrices)
+            for layer in record.layers
+        )
         self.layers = {layer.name: latest(layer, self.layers.get(layer.name)) for layer in record.layers}
         news = []
         for rule in list(self.rules):

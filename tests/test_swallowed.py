@@ -357,6 +357,11 @@ def test_the_gradient_before_and_behind_each_matrix_is_what_autograd_gives() -> 
     assert seen.of_matrices() == pytest.approx(wanted, rel=1e-6)
 
 
+def test_a_net_of_nothing_but_matrices_is_not_said_to_have_seen_no_call() -> None:
+    torch.manual_seed(0)
+    assert not [note for note in train(PolicyHead()).notes if "no call" in note]
+
+
 def test_the_hooks_change_nothing_in_the_gradients() -> None:
     torch.manual_seed(0)
     model, x = Listed(matrices(3, 1e-5)), torch.randn(16, 8)
