@@ -199,6 +199,8 @@ def expected(record: StepRecord, active: int) -> dict[str, float]:
     ratios = [layer.norm_ratio for layer in record.layers if layer.norm_ratio is not None]
     updates = [layer.update_to_weight for layer in record.layers if layer.update_to_weight is not None]
     values: dict[str, float] = {
+        "gradhealth/total_norm": record.window[-1].total_norm,
+        "gradhealth/total_norm_max": max(step.total_norm for step in record.window),
         "gradhealth/log10_total_norm": math.log10(max(step.total_norm for step in record.window)),
         "gradhealth/log10_norm_ratio_min": math.log10(min(ratios)),
         "gradhealth/log10_norm_ratio_max": math.log10(max(ratios)),
@@ -254,7 +256,7 @@ def test_odd_layer_names_and_two_optimizers(kind: str, make: Any, written: Any) 
             assert value == pytest.approx(math.log10(layer.grad_norm), rel=1e-6)
         for number in (0, 1):
             total = next(s.total_norm for s in reversed(record.window) if s.optimizer == number)
-            assert row[f"gradhealth/optimizer{number}/log10_total_norm"] == pytest.approx(math.log10(total), rel=1e-6)
+            assert row[f"gradhealth/optimizer{number}/total_norm"] == pytest.approx(total, rel=1e-6)
 
 
 def test_one_optimizer_has_no_norm_of_its_own(make: Any, written: Any) -> None:

@@ -51,12 +51,14 @@ def scalars(record: StepRecord, active_findings: int, prefix: str = PREFIX) -> d
     Example:
         >>> for name, value in scalars(StepRecord(step=1, total_norm=0.01, total_norm_max=100.0), 0).items():
         ...     print(name, value)
+        gradhealth/total_norm 0.01
+        gradhealth/total_norm_max 100.0
         gradhealth/log10_total_norm 2.0
         gradhealth/non_finite_steps 0.0
         gradhealth/findings 0.0
 
-    What has orders of magnitude is logged as its log10: charts are linear. `log10_total_norm` is that of the largest
-    finite norm since the last point, so that no spike is lost.
+    What has orders of magnitude is logged as its log10, since charts are linear. `log10_total_norm` is that of
+    `total_norm_max`, the largest finite norm since the last point, so that no spike is lost; `total_norm` is the last.
 
     What clipping did comes with it where something clips: `log10_applied_norm` (the norm that the optimizer was given),
     `log10_clip_coefficient`, `clipped_fraction` (share of the window's steps), `clipping_active` (the gate of adaptive
@@ -64,6 +66,8 @@ def scalars(record: StepRecord, active_findings: int, prefix: str = PREFIX) -> d
     """
     ratios = record.norm_ratios
     values: dict[str, float | None] = {
+        "total_norm": record.total_norm,
+        "total_norm_max": record.total_norm_max,
         "log10_total_norm": log10(record.total_norm_max),
         "log10_norm_ratio_min": log10(min(ratios, default=None)),
         "log10_norm_ratio_max": log10(max(ratios, default=None)),
@@ -79,7 +83,7 @@ def scalars(record: StepRecord, active_findings: int, prefix: str = PREFIX) -> d
     values |= _clipping(record)
     last = {step.optimizer: step.total_norm for step in record.window}
     if len(last) > 1:
-        values |= {f"optimizer{number}/log10_total_norm": log10(norm) for number, norm in last.items()}
+        values |= {f"optimizer{number}/total_norm": norm for number, norm in last.items()}
     return finite({f"{prefix}/{name}": value for name, value in values.items()})
 
 

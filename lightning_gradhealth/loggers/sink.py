@@ -40,9 +40,9 @@ class LoggerSink:
     Example:
         >>> class Printer:
         ...     def log_metrics(self, metrics, step):
-        ...         print(step, sorted(metrics)[-1])
+        ...         print(step, sorted(metrics)[0])
         >>> LoggerSink(False).write([Printer()], StepRecord(step=3, total_norm=1.0), [], ())
-        3 gradhealth/non_finite_steps
+        3 gradhealth/findings
     """
 
     def __init__(self, log_layers: LogLayers = "auto", prefix: str = PREFIX) -> None:
