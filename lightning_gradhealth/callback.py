@@ -28,7 +28,7 @@ from lightning_gradhealth.response import OnNonFinite
 from lightning_gradhealth.rules import Rule, Thresholds
 from lightning_gradhealth.session import DEFAULT_CADENCE, NO_LOSS, HealthSession
 from lightning_gradhealth.trees import KeptBatch
-from lightning_gradhealth.validation import check_flag, check_type, wrong
+from lightning_gradhealth.validation import check_flag, check_type, is_remote, wrong
 
 
 class GradHealth(Callback):
@@ -129,6 +129,8 @@ class GradHealth(Callback):
             must, remedy = '"auto", a folder or None', 'e.g. report_dir="auto"; None writes nothing'
             if not isinstance(report_dir, os.PathLike) and not check_type("report_dir", report_dir, str, must, remedy):
                 raise ValueError(wrong("report_dir", must, report_dir, remedy))
+            if is_remote(report_dir):
+                raise ValueError(wrong("report_dir", '"auto", a folder of this machine or None', report_dir, remedy))
         self._shared = Shared()
         self._ran = False
         self._reset()

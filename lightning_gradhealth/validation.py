@@ -286,7 +286,7 @@ def check_path(argument: str, value: Any, remedy: str) -> str:
 
     Raises:
         TypeError: It is no path.
-        ValueError: It is empty.
+        ValueError: It is empty, or on another machine.
 
     Example:
         >>> from pathlib import Path
@@ -298,7 +298,22 @@ def check_path(argument: str, value: Any, remedy: str) -> str:
         raise TypeError(wrong(argument, "the path of a file", value, remedy))
     if not path:
         raise ValueError(wrong(argument, "the path of a file", value, remedy))
+    if is_remote(path):
+        raise ValueError(wrong(argument, "the path of a file on this machine", value, remedy))
     return path
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is the address of a place elsewhere, which would be taken for a folder here.
+
+    Args:
+        path: The path; a `Path` has one of the two slashes only.
+
+    Example:
+        >>> is_remote("s3://bucket/runs"), is_remote("runs/first"), is_remote("C:/runs")
+        (True, False, False)
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)) is not None
 
 
 def check_keys(argument: str, state: Any, keys: Sequence[str]) -> None:

@@ -231,6 +231,8 @@ def test_a_condition_of_a_rule_of_ones_own_can_fail_a_run(tmp_path: Path) -> Non
         (["report", "{root}/pyproject.toml"], "which is a file"),
         (["report", "{root}/examples"], "callbacks=[gh.GradHealth()]"),
         (["report", "{runs}", "--html", "{root}/pyproject.toml/page.html"], "cannot be written"),
+        (["report", "{runs}", "--html", "s3://bucket/page.html"], "not on this machine"),
+        (["report", "{runs}", "--json", "-", "--md", "-"], "once"),
         (["report"], "logdir"),
         (["explain", "exploding"], "did you mean"),
         (["explian", "loss_spike"], "explain"),
@@ -276,6 +278,23 @@ def test_a_pipe_that_is_closed_is_no_error(runs: tuple[Path, Any]) -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENVIRONMENT, check=True)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 141  # and not 1, which says that something was found
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize(
+    "arguments", [["explain", "loss_spike"], ["report", "{runs}"], ["report", "{runs}", "--md", "-"]]
+)
+def test_output_that_cannot_be_written_is_said_and_gives_2(runs: tuple[Path, Any], arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "lightning_gradhealth.cli", *(each.format(runs=runs[0]) for each in arguments)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2
+    assert f"gradhealth {arguments[0]}: OSError: [Errno 28]" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # --- report: whatever stands in the files ------------------------------------------------------------------------
@@ -340,6 +359,18 @@ def test_a_run_that_cannot_be_read_is_said_and_gives_2(
     shown = capsys.readouterr()
     assert "healthy after 1" in shown.out
     assert "odd cannot be read: OverflowError: too large" in shown.err
+
+
+def test_a_file_in_which_nothing_can_be_read_is_said_and_gives_2(tmp_path: Path, capsys: Any) -> None:
+    write(tmp_path / "other", [record(0, [1.0])])
+    for name, content in (("odd", b"no event" * 100), ("just begun", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.out.tfevents.1").write_bytes(content)
+    (tmp_path / "just begun" / "events.out.tfevents.2").symlink_to(tmp_path / "gone")
+    assert main(["report", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert "odd cannot be read: no event could be read" in shown.err
+    assert "just begun" not in shown.err
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_the_default_changes_no_bit_of_the_training(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("bad", [3, True, ""])
+@pytest.mark.parametrize("bad", [3, True, "", "s3://bucket/runs", Path("gs://bucket/runs"), "file:///tmp"])
 def test_a_wrong_report_dir_is_told_at_construction(bad: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="report_dir must be"):
         gh.GradHealth(report_dir=bad)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_gradhealth.cli.misuse import MisuseError, needs
+from lightning_gradhealth.messages import reason_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,12 +35,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from lightning_gradhealth.cli.commands import parsed
 
         command, run = parsed(arguments)
-        return run()
+        code = run()
+        print(end="", flush=True)  # what cannot be written is known now
+        return code
     except MisuseError as error:
         print(f"gradhealth{command and f' {command}'}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as behind `| head`; what is left to say goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as behind `| head`
+        _say_no_more()
         return 141
+    except OSError as error:  # as on a full disk
+        print(f"gradhealth{command and f' {command}'}: {reason_of(error)}", file=sys.stderr)
+        _say_no_more()
+        return 2
+
+
+def _say_no_more() -> None:
+    """What is left to say goes nowhere; Python would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

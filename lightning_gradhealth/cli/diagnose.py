@@ -8,9 +8,8 @@ import sys
 import traceback
 from typing import Any
 
-from rich.console import Console
-
 from lightning_gradhealth.cli.misuse import MisuseError
+from lightning_gradhealth.cli.terminal import Terminal
 from lightning_gradhealth.messages import printable, reason_of
 
 _EXAMPLE = "e.g. package.module:function"
@@ -43,7 +42,7 @@ def run(factory: str, batch: str = "") -> int:
             flow = diagnosis.examine(opened, lambda: ends.from_outputs(opened, ends.copied(inputs)))
     except (TypeError, ValueError) as error:
         raise MisuseError(str(error)) from None
-    Console(highlight=False).print(flow)
+    Terminal(highlight=False).print(flow)
     return 0 if flow.healthy else 1
 
 

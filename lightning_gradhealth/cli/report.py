@@ -9,13 +9,13 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.text import Text
 
 from lightning_gradhealth.cli.misuse import MisuseError
+from lightning_gradhealth.cli.terminal import Terminal
 from lightning_gradhealth.messages import as_markdown, printable, reason_of
 from lightning_gradhealth.records import Condition, HealthReport
-from lightning_gradhealth.validation import check_choice
+from lightning_gradhealth.validation import check_choice, is_remote
 
 if TYPE_CHECKING:
     from lightning_gradhealth.view.data import RunView
@@ -39,9 +39,17 @@ def run(
         md: Write their reports as Markdown here, as for a pull request.
         fail_on: Conditions, separated by commas: the exit code is 1 where one was found in a run, above info.
     """
-    console = Console(highlight=False, stderr=_STDOUT in (html, json, md))
-    views = runs_below(logdir)
+    from lightning_gradhealth.tensorboard.logdir import Logs
+
+    if (html, json, md).count(_STDOUT) > 1:
+        raise MisuseError('"-", which is standard output, can be given once; give a file for the others')
+    console = Terminal(highlight=False, stderr=_STDOUT in (html, json, md))
+    logs = Logs(folder_of(logdir))
+    views = logs.runs()
+    if not views:
+        raise MisuseError(NO_DATA.format(printable(logdir)))
     reports, broken = _reports(views, console)
+    broken |= dict.fromkeys(logs.unread(), "no event could be read")
     wanted = _conditions(fail_on, reports.values())
     for name, one in reports.items():
         console.print(Text(f"run {printable(_path(logdir, name))}", style="bold"), overflow="fold")
@@ -81,21 +89,7 @@ def folder_of(logdir: Path) -> Path:
     )
 
 
-def runs_below(logdir: Path) -> list[RunView]:
-    """The runs below a folder that have data of ours.
-
-    Raises:
-        MisuseError: There is none, or no such folder.
-    """
-    from lightning_gradhealth.tensorboard.logdir import Logs
-
-    views = Logs(folder_of(logdir)).runs()
-    if not views:
-        raise MisuseError(NO_DATA.format(printable(logdir)))
-    return views
-
-
-def _reports(views: Sequence[RunView], console: Console) -> tuple[dict[str, HealthReport], dict[str, str]]:
+def _reports(views: Sequence[RunView], console: Terminal) -> tuple[dict[str, HealthReport], dict[str, str]]:
     """Reports of runs by name, and why there are none of others."""
     from lightning_gradhealth.view.health import health_of
 
@@ -140,7 +134,7 @@ def _markdown(path: str, one: HealthReport) -> str:
     return f"# {as_markdown(path)}\n\n#{markdown(one)}"
 
 
-def _write(console: Console, path: Path | None, content: Callable[[], str]) -> None:
+def _write(console: Terminal, path: Path | None, content: Callable[[], str]) -> None:
     """Write a file, if one was asked for.
 
     Raises:
@@ -153,6 +147,10 @@ def _write(console: Console, path: Path | None, content: Callable[[], str]) -> N
     if path == _STDOUT:
         print(content())
         return
+    if is_remote(path):
+        raise MisuseError(
+            f"{printable(path)} cannot be written: it is not on this machine; write a file here, and copy it"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, content() + "\n")

@@ -44,3 +44,14 @@ class Logs:
         """All runs with data of ours, as the files are now."""
         self.reload()
         return sorted(Reader(self.data).runs(context.RequestContext(), ""), key=lambda view: view.name)
+
+    def unread(self) -> list[str]:
+        """Runs whose files have something in them, but nothing that can be read; TensorBoard passes over them."""
+        return sorted(name for name, folder in self._events.RunPaths().items() if self._is_unread(name, Path(folder)))
+
+    def _is_unread(self, name: str, folder: Path) -> bool:
+        try:
+            self._events.FirstEventTimestamp(name)
+        except (ValueError, OSError):
+            return any(file.is_file() and file.stat().st_size for file in folder.glob("*tfevents*"))
+        return False
