@@ -224,7 +224,9 @@ def thresholds_and_records() -> Iterator[Row]:
     yield Row("LayerStats", "name", keyword(layer, "name"), [None, 5])
     for kind in (gh.HealthReport, gh.FlowReport):
         yield Row(kind.__name__, "findings", keyword(kind, "findings"), [5, ("a",), "abc", [None]])
-        yield Row(f"{kind.__name__}.save", "path", kind().save, [5, None, b"x.md", []], ["x.doc", "", "x", "s3://bucket/x.md"])
+        yield Row(
+            f"{kind.__name__}.save", "path", kind().save, [5, None, b"x.md", []], ["x.doc", "", "x", "s3://bucket/x.md"]
+        )
     yield Row("InitReport", "seed", keyword(gh.InitReport, "seed"), ["x", None, 1.5])
     yield Row("DepthPoint", "name", gh.DepthPoint, [None, 3])
     yield Row("ChainPoint", "layer", lambda v: gh.ChainPoint("0", v), [None, 3])
