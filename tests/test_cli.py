@@ -465,6 +465,9 @@ MODELS = """
 
     def broken():
         raise RuntimeError("no weights here")
+
+    def ends():
+        raise SystemExit(0)
 """
 
 
@@ -474,10 +477,11 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "models.py").write_text(textwrap.dedent(MODELS))
     (tmp_path / "faulty.py").write_text("import torch\nprint(no_such_name)\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     yield tmp_path
-    for name in ("some", "some.models", "faulty"):
+    for name in ("some", "some.models", "faulty", "script"):
         sys.modules.pop(name, None)
 
 
@@ -497,6 +501,8 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (["some.models:text"], 2, "must give an nn.Module, got a str"),
         (["some.models:broken"], 2, "some.models:broken() fails: RuntimeError: no weights here"),
         (["faulty:model"], 2, "faulty.py, line 2"),
+        (["script:model"], 2, "script cannot be imported: SystemExit"),
+        (["some.models:ends"], 2, "some.models:ends() fails: SystemExit"),
         (["some.models:healthy", "--batch", "some.models:y"], 2, "--batch: some.models has no y"),
     ],
 )

@@ -57,7 +57,7 @@ def _named(argument: str, name: str) -> Any:
         raise MisuseError(f"{argument} must be a module and a name in it, {_EXAMPLE}, got {printable(name)}")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends the process has given no model
         raise MisuseError(f"{argument}: {printable(module_name)} cannot be imported: {_where(error)}") from None
     for part in path.split("."):
         if not hasattr(found, part):
@@ -76,7 +76,7 @@ def _called(argument: str, name: str, function: Any) -> Any:
         raise MisuseError(f"{argument}: {printable(name)} cannot be called, it is a {type(function).__name__}")
     try:
         return function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MisuseError(f"{argument}: {printable(name)}() fails: {_where(error)}") from None
 
 
@@ -90,7 +90,7 @@ def _example(model: Any, factory: str) -> Any:
     return inputs
 
 
-def _where(error: Exception) -> str:
+def _where(error: BaseException) -> str:
     """An exception, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     outside = [frame for frame in frames if frame.filename != __file__ and not frame.filename.startswith("<frozen")]

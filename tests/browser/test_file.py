@@ -380,3 +380,34 @@ def test_a_file_of_a_thousand_layers_stays_below_two_megabytes() -> None:
     offered = [QUANTITIES[name] for name in matrices]
     view = RunView(name="large", layers=layers, quantities=offered, load=matrices.get, last_step=int(steps[-1]))
     assert len(document(payload([view]), "large")) < 2_000_000
+
+
+def test_zeros_are_marked_at_the_foot_of_a_logarithmic_axis(new_page: Callable[..., Any], tmp_path: Path) -> None:
+    steps = np.arange(0, 100, 10)
+    values = np.full((10, 1), -np.inf, dtype=np.float16)  # log2 of 0
+    view = RunView(
+        name="run",
+        schema="x",
+        layers=[Layer("frozen", "linear", 3)],
+        quantities=[QUANTITIES["grad_norm"]],
+        load=lambda metric: Matrix(QUANTITIES[metric], steps, values),
+        last_step=90,
+    )
+    path = tmp_path / "zeros.html"
+    path.write_text(document(payload([view]), "zeros"), encoding="utf-8")
+    page = new_page(offline=True)
+    page.goto(f"file://{path}")
+    page.wait_for_selector(READY, state="attached")
+    page.evaluate("document.body.gradhealth.pick(0, 50)")
+    page.wait_for_selector('section.layer figure[aria-label="gradient norm"]')
+    settled(page)
+    drawn = page.evaluate(
+        """() => {
+          const { panel } = document.body.gradhealth.layerView.plots.get("grad_norm");
+          panel.draw();
+          const s = panel.scale, g = panel.canvas.getContext("2d"), height = panel.top + panel.innerHeight;
+          const column = g.getImageData(panel.px(30) * s, 0, 1, height * s).data;
+          return [height - 4, panel.top + 2].map((y) => [...column.slice(4 * Math.round(y * s))].slice(0, 4).join());
+        }"""
+    )
+    assert drawn == ["0,114,178,255", "0,0,0,0"]

@@ -12,7 +12,7 @@ export function lastNotAbove(values, v) {
   return low;
 }
 
-/** A line through what was measured (null was not); NaN and Inf make a gap, and a tick at the upper edge. */
+/** A line through what was measured (null was not); NaN and Inf make a gap and a tick at the upper edge, 0 on a log axis one at the lower. */
 export class Line {
   constructor({ x = [], y = [], colour, width = 1.4, dash = [], bad = {} }) {
     Object.assign(this, { x, y, colour, width, dash, bad });
@@ -42,7 +42,7 @@ export class Line {
       const v = this.y[i];
       if (v === null) continue;
       if (!Number.isFinite(v) || (panel.log && v <= 0)) {
-        if (!Number.isFinite(v)) ticks.push([panel.px(this.x[i]), v]);
+        if (!Number.isFinite(v) || v === 0) ticks.push([panel.px(this.x[i]), v]);
         if (alone) dots.push(alone);
         pen = false;
         alone = null;
@@ -62,8 +62,8 @@ export class Line {
     for (const [p, v] of ticks) {
       if (p - last < 1.5) continue;
       last = p;
-      g.fillStyle = (Number.isNaN(v) ? this.bad.nan : this.bad.inf) ?? colour;
-      g.fillRect(p - 1, panel.top, 2.5, 7);
+      g.fillStyle = (v === 0 ? null : Number.isNaN(v) ? this.bad.nan : this.bad.inf) ?? colour;
+      g.fillRect(p - 1, v === 0 ? panel.top + panel.innerHeight - 7 : panel.top, 2.5, 7);
     }
     g.lineWidth = 1;
   }
