@@ -40,6 +40,7 @@ from lightning_gradhealth.loggers.events import EventsWriter
 from lightning_gradhealth.records import HealthReport
 from lightning_gradhealth.rules.meaning import MEANINGS
 from lightning_gradhealth.tensorboard.logdir import Logs
+from lightning_gradhealth.view.data import RunView
 from lightning_gradhealth.view.health import health_of
 
 ROOT = Path(__file__).parents[1]
@@ -371,6 +372,10 @@ def test_a_file_in_which_nothing_can_be_read_is_said_and_gives_2(tmp_path: Path,
     shown = capsys.readouterr()
     assert "odd cannot be read: no event could be read" in shown.err
     assert "just begun" not in shown.err
+
+
+def test_a_run_of_which_nothing_is_known_is_not_called_healthy() -> None:
+    assert not health_of(RunView("run", last_step=9)).healthy
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ def health_of(view: RunView) -> HealthReport:
         view: The run. Where it has not ended, or was killed, its last findings and figures make the report.
 
     Example:
-        >>> health_of(RunView("run", last_step=99)).steps
-        100
+        >>> health_of(RunView("run", last_step=99)).verdict  # no quantity of it could be read
+        'nothing was watched'
     """
     known = view.report()
     return _so_far(view) if known is None else known
@@ -30,11 +30,14 @@ def health_of(view: RunView) -> HealthReport:
 def _so_far(view: RunView) -> HealthReport:
     happened = {name: sum(last - first + 1 for first, last in spans) for name, spans in view.spans.items()}
     steps, norms = view.totals.column("total_norm")
+    is_measured = len(view.totals.steps) or any(view.load(quantity.name) is not None for quantity in view.quantities)
     return HealthReport(
         findings=tuple(map(_finding, view.findings)),
         layers=_layers(view),
         step=view.last_step,
-        steps=max(view.last_step + 1, 0),  # where x values count optimizer steps, as Lightning's do
+        steps=max(view.last_step + 1, 0)
+        if is_measured
+        else 0,  # where x values count optimizer steps, as Lightning's do
         non_finite_steps=happened.get("non_finite", 0),
         clipped_steps=happened.get("clipped", 0),
         skipped_steps=happened.get("skipped", 0),
