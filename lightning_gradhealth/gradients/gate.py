@@ -27,7 +27,7 @@ from lightning_gradhealth.validation import check_flag, check_number
 class WhenExploding(Clipper):
     """The gate: clip only while the gradient norm explodes, and leave every bit alone otherwise. `clip="adaptive"`.
 
-    It compares the norm with a *record*: the greatest level that the run has taken in its stride. A level is what four
+    It compares the norm with a *record*: the greatest level that the run has reached. A level is what four
     norms in a row have reached: growth stays, the spikes of an explosion come back. A norm is
 
     - a spike if it is more than 2.5 times the record and stands out of what the run has shown: more than 1.3 times the
