@@ -14,7 +14,8 @@ from torch import Tensor
 from lightning_gradhealth import WhenExploding
 
 SEEDS, STEPS = 6, 250
-TOUCHED = 0.02  # measured: 7 of 429 runs
+TOUCHED = 0.02  # measured: 7 of 429 runs; tests/benchmarks/calm.py has a larger grid
+MOSTLY = 0.9  # of the runs learn
 WIDTHS = {"linear": [8, 1], "tanh": [4, 16, 1], "relu": [8, 32, 32, 1]}
 RATES = {"sgd": (0.003, 0.01, 0.03), "adam": (1e-3, 3e-3, 1e-2)}
 
@@ -79,7 +80,7 @@ def _clipped(task: str, optimizer: str, batch: int) -> Tensor:
         armed, level = clipper._judge(norm, turn)
         steps.append(armed & (norm > level * (1 + 1e-9)))
     calm = losses.isfinite().all(0) & (losses[-50:].mean(0) <= 1.05 * losses[:50].mean(0))
-    assert calm.float().mean() > 0.9
+    assert calm.float().mean() > MOSTLY
     return torch.stack(steps)[:, calm]
 
 

@@ -38,7 +38,7 @@ def test_plain_loop(options: list[str]) -> None:
     healthy, wild = importlib.import_module("plain_loop").main(["--epochs", "3", *options])
     assert healthy.healthy
     assert not wild.healthy
-    assert "oversized_updates" in wild.conditions
+    assert "oversized_updates" in {finding.condition for finding in wild.findings}  # clipping may save what can be
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
