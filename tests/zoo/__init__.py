@@ -1,0 +1,1 @@
+"""Architectures of other libraries, at their smallest: initialised, diagnosed and trained beside their own init."""

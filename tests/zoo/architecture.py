@@ -1,0 +1,39 @@
+"""What an inhabitant of the zoo is: a model, a batch, a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of one library, small enough for a CPU.
+
+    All randomness comes from torch's global state: whoever calls `model` or `batch` seeds it before.
+
+    Attributes:
+        name: Its name, unique: `library/model`.
+        family: The row of the table that it counts in: "vision", "detection", "language", "speech", "diffusion",
+            "flow", "graph", "operator", "ode", "medical", "coordinates", ...
+        model: Builds it with the library's own init, dropout off where the library allows it.
+        batch: Builds (inputs, target): inputs a tuple of positional or a dict of keyword arguments of `forward`;
+            target what the loss takes, None where the model gives the loss itself.
+        loss: `loss(outputs, target)`: one number.
+        daily: Whether it also runs without `--zoo`: a dozen do, each in a few seconds.
+    """
+
+    name: str
+    family: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[], tuple[Any, Any]]
+    loss: Callable[[Any, Any], Tensor]
+    daily: bool = False
+
+    @property
+    def library(self) -> str:
+        """The library that it comes from."""
+        return self.name.partition("/")[0]
