@@ -9,15 +9,16 @@ import itertools
 import random
 import types
 import warnings
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.parameter import is_lazy
 
 from lightning_gradhealth.sharding import is_sharded
@@ -92,6 +93,9 @@ class _Memory:
 
     The state of torchmetrics is a plain attribute, so that metrics need nothing of their own. Of parameters the values
     are kept only if `weights` is set: most forward passes do not write into them, and a copy takes as much memory.
+
+    No method of what is kept is called but those of Python's own classes: a user's class may refuse len, iteration,
+    comparison or attributes, or note down that it was asked.
     """
 
     def __init__(self, model: nn.Module, weights: bool) -> None:
@@ -121,26 +125,27 @@ class _Memory:
             raise failure
 
     def _keep(self, value: object) -> None:
-        if isinstance(value, torch.jit.ScriptModule):
-            self._keep_scripted(value)
-        elif isinstance(value, nn.Module):
-            self._open.append(value.__dict__)
-            self._keep_class(type(value))
-        elif isinstance(value, nn.Parameter):
-            self._keep_parameter(value)
-        elif isinstance(value, Tensor):
-            self._keep_tensor(value)
-        elif isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
-            self._keep_generator(value)
-        elif isinstance(value, (dict, list, deque, set, tuple, frozenset)):
+        kind = type(value)  # isinstance asks the object for its class, which a dead proxy refuses
+        if issubclass(kind, torch.jit.ScriptModule):
+            self._keep_scripted(cast(torch.jit.ScriptModule, value))
+        elif issubclass(kind, nn.Module):
+            self._open.append(object.__getattribute__(value, "__dict__"))
+            self._keep_class(kind)
+        elif issubclass(kind, Tensor):
+            keep = self._keep_parameter if isinstance(value, nn.Parameter) else self._keep_tensor
+            keep(cast(nn.Parameter, value))
+        elif issubclass(kind, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+            self._keep_generator(cast(Any, value))
+        elif issubclass(kind, (dict, list, deque, set, tuple, frozenset)):
             self._keep_collection(value)
-        elif isinstance(value, (np.ndarray, bytearray)):
-            self._keep_array(value)
-        elif isinstance(value, io.IOBase):
+            self._keep_attributes(value)
+        elif issubclass(kind, (np.ndarray, bytearray)):
+            self._keep_array(cast(Any, value))
+        elif issubclass(kind, io.IOBase):
             self._keep_file(value)
         elif is_plain(value):
-            self._keep_object(value)
-            self._keep_class(type(value))
+            self._keep_attributes(value)
+            self._keep_class(kind)
 
     def _keep_generator(
         self, value: torch.Generator | random.Random | np.random.Generator | np.random.RandomState
@@ -161,12 +166,11 @@ class _Memory:
         elif isinstance(value, (list, deque)):
             self._keep_sequence(value)
         elif isinstance(value, set):
-            members = set(value)
-            self._undo += [lambda: value.intersection_update(members), lambda: value.update(members)]
-        elif isinstance(value, tuple):
-            self._open.extend(tuple.__iter__(value))  # a class of its own may refuse len(), which += asks for
+            members = set(set.__iter__(value))
+            self._undo.append(functools.partial(set.intersection_update, value, members))
+            self._undo.append(functools.partial(set.update, value, members))
         else:
-            self._open += value
+            self._open += (tuple if isinstance(value, tuple) else frozenset).__iter__(value)
 
     def _keep_array(self, value: np.ndarray[Any, Any] | bytearray) -> None:
         """The elements, where they can be written; objects among them are kept as well."""
@@ -178,17 +182,21 @@ class _Memory:
             self._undo.append(lambda: np.copyto(value, kept))
             self._open += list(kept.flat) if value.dtype == object else []
 
-    def _keep_object(self, value: object) -> None:
+    def _keep_attributes(self, value: object) -> None:
         """The attributes of an object of a class of the user's: a replay buffer, running statistics, a counter."""
-        attributes = getattr(value, "__dict__", None)
-        if isinstance(attributes, dict):
+        try:
+            attributes = object.__getattribute__(value, "__dict__")
+        except AttributeError:
+            attributes = None
+        if type(attributes) is dict:
             self._open.append(attributes)
         for kind in type(value).__mro__:
             slots = kind.__dict__.get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
                 member = kind.__dict__.get(name)
-                if hasattr(member, "__set__") and hasattr(value, name):
-                    self._keep_slot(value, member, getattr(value, name))
+                if isinstance(member, types.MemberDescriptorType):
+                    with suppress(AttributeError):  # nothing is in it yet
+                        self._keep_slot(value, member, member.__get__(value))
 
     def _keep_class(self, kind: type) -> None:
         """The attributes that the user's classes share among their objects: a counter, a list of all there are."""
@@ -222,62 +230,72 @@ class _Memory:
     def _keep_parameter(self, parameter: nn.Parameter) -> None:
         if is_lazy(parameter):
             raise ValueError("the model has parameters without a shape yet (lazy modules); run one forward pass first")
-        gradient, requires_grad = parameter.grad, parameter.requires_grad
-        parameter.grad = None
+        # shards are moved about by the strategy itself
+        self._keep_tensor(parameter, values=self._weights and not is_sharded(parameter))
 
-        def undo() -> None:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-
-        if self._weights and not is_sharded(parameter):  # shards are moved about by the strategy itself
-            self._keep_tensor(parameter)
-        self._undo.append(undo)
-
-    def _keep_tensor(self, tensor: Tensor) -> None:
+    def _keep_tensor(self, tensor: Tensor, values: bool = True) -> None:
         with torch.no_grad():
             alias = tensor.data  # its own version counter: a graph that has saved the tensor stays valid
             # elements that share memory cannot be written in place, by nobody
             shared = tensor.layout is not torch.strided or any(
                 step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
             )
-            copy = None if shared else _cloned(alias)
+            copy = _cloned(alias) if values and not shared else None
+        leaf, requires_grad = tensor.is_leaf, tensor.requires_grad
+        gradient = tensor.grad if leaf else None
+        if gradient is not None:
+            tensor.grad = None
+        attributes = dict(vars(tensor)) if type(tensor) in (Tensor, nn.Parameter) else None
+        memory = alias.untyped_storage() if _has_memory(tensor) else None
+        size = 0 if memory is None else memory.nbytes()
+        version = None if tensor.is_inference() else _unsafe_preserve_version_counter(tensor)
 
         def undo() -> None:
+            if memory is not None and memory.nbytes() != size:  # `resize_`, of the tensor or of its memory
+                memory.resize_(size)
             # what validation leaves in a metric is an inference tensor: it can be written in its own mode only
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 if copy is not None:
                     alias.copy_(copy)
                 if _place(tensor) != _place(alias):  # `tensor.data = ...`
                     tensor.data = alias
+            if leaf:
+                _as_leaf(tensor, requires_grad, gradient)
+            if attributes is not None and _identities(vars(tensor)) != _identities(attributes):
+                vars(tensor).clear()
+                vars(tensor).update(attributes)
+            if copy is not None and version is not None:  # the values are the same: what has saved them may go on
+                version.__exit__()
 
         self._undo.append(undo)
 
     def _keep_dict(self, value: dict[Any, Any]) -> None:
-        kept = dict(value)
-        self._open += kept.values()
-        for key, item in kept.items():
+        raw: Any = OrderedDict if isinstance(value, OrderedDict) else dict  # the order of the former is its own
+        kept = list(raw.items(value))
+        self._open += [item for _, item in kept]
+        for key, item in kept:
             if (twin := _twin_of(item)) is not None:
-                value[key] = twin
+                raw.__setitem__(value, key, twin)
 
         def undo() -> None:
-            for key in [key for key in value if key not in kept]:
-                del value[key]
-            if list(value) != list(kept):  # something was taken out, and the order of buffers is that of checkpoints
-                value.clear()
-            for key, item in kept.items():
-                if key not in value or value[key] is not item:
-                    value[key] = item
+            # something was taken out or added, and the order of buffers is that of checkpoints
+            if [id(key) for key in raw.__iter__(value)] != [id(key) for key, _ in kept]:
+                raw.clear(value)
+            for key, item in kept:
+                if dict.get(value, key, self) is not item:
+                    raw.__setitem__(value, key, item)
 
         self._undo.append(undo)
 
     def _keep_sequence(self, value: list[Any] | deque[Any]) -> None:
-        kept = list(value)
+        raw: Any = deque if isinstance(value, deque) else list
+        kept = list(raw.__iter__(value))
         self._open += kept
 
         def undo() -> None:
-            if len(value) != len(kept) or any(a is not b for a, b in zip(value, kept, strict=True)):
-                value.clear()
-                value.extend(kept)
+            if list(map(id, raw.__iter__(value))) != list(map(id, kept)):
+                raw.clear(value)
+                raw.extend(value, kept)
 
         self._undo.append(undo)
 
@@ -324,6 +342,27 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return (*kind, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride())
 
 
+def _identities(values: dict[str, Any]) -> dict[str, int]:
+    return {name: id(value) for name, value in values.items()}
+
+
+def _as_leaf(tensor: Tensor, requires_grad: bool, gradient: Tensor | None) -> None:
+    """Free a tensor that had no history of one, as it has where a result with a gradient was written into it."""
+    if tensor.grad_fn is not None:
+        with suppress(RuntimeError):  # a view cannot be freed
+            tensor.detach_()
+    if tensor.is_leaf and tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    if tensor.is_leaf and tensor.grad is not gradient:
+        tensor.grad = gradient
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one over memory of its own or of others."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device.type != "meta" and torch._C._has_storage(tensor)
+
+
 def _cloned(tensor: Tensor) -> Tensor:
     """A copy, on the host where the device has no room for it."""
     try:
@@ -353,7 +392,7 @@ def undisturbed(model: nn.Module, *, silent: bool = False, weights: bool = False
         silent: `log` and `log_dict` of a LightningModule do nothing inside.
         weights: Restore the values of parameters, too, which a forward pass may write: a teacher that follows its
             student, data-dependent initialisation, an embedding with max_norm. It takes a copy of them; shards of
-            parameters are left out.
+            parameters are left out. Without it parameters are only in the same memory as before.
 
     Raises:
         ValueError: The model has lazy parameters.

@@ -9,6 +9,7 @@ import contextlib
 import html
 import logging
 import re
+import traceback
 import unicodedata
 from collections.abc import Callable, Mapping
 
@@ -95,6 +96,21 @@ def reason_of(error: BaseException) -> str:
         first = f"its text cannot be had: {type(unreadable).__name__}"
     name = type(error).__name__
     return printable(f"{name}: {first}" if first else name, _REASON)
+
+
+def where_and_why(error: BaseException) -> str:
+    """An exception's type, the first line of its text, and the place in the user's code where it was raised.
+
+    Example:
+        >>> print(where_and_why(ValueError("no such layer")))
+        ValueError: no such layer
+    """
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if module not in ("torch", "lightning", "pytorch_lightning", "lightning_gradhealth"):
+            place = f" (line {line} of {frame.f_code.co_filename}, in {frame.f_code.co_name})"
+    return f"{reason_of(error)}{printable(place, _REASON)}"
 
 
 def say(line: str, *, through: Callable[[str], None] | None = None, error: BaseException | None = None) -> None:

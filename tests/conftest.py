@@ -8,12 +8,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+# Lightning imports torchvision where it is installed, which beside a torch of another build lacks its operators
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+for _name in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, _name):
+        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import lightning.pytorch as pl  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 settings.register_profile("project", deadline=None, derandomize=True)  # the same examples on any machine, in any time

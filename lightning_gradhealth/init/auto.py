@@ -62,7 +62,7 @@ def advise(
         >>> [round(advised.advice[id(net[i].weight)].gain, 4) for i in (0, 2)]
         [1.4142, 1.0]
     """
-    sample = getattr(model, "example_input_array", None) if example_inputs is None else example_inputs
+    sample = _example_of(model) if example_inputs is None else example_inputs
     fixed = None if nonlinearity == "auto" else gain_of(nonlinearity)
     if any(is_sharded(parameter) for parameter in model.parameters()):
         if example_inputs is not None:
@@ -91,6 +91,14 @@ def advise(
         if advised_by_batch is None:
             raise
         return advised_by_batch
+
+
+def _example_of(model: nn.Module) -> Any:
+    """The sample that a LightningModule knows of; None where it has none, or a property that fails."""
+    try:
+        return getattr(model, "example_input_array", None)
+    except Exception:  # of the user's code; there may be a guess all the same
+        return None
 
 
 def _of_batch(model: nn.Module, batch: Any, residual: str, fixed: float | None) -> Advised | None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_gradhealth.init.owned import Owned
 from lightning_gradhealth.isolation import undisturbed
+from lightning_gradhealth.messages import where_and_why
 from lightning_gradhealth.tracing import UNITS, Graph, Station, Trace, TraceError, follow
 from lightning_gradhealth.validation import wrong
 
@@ -61,7 +62,7 @@ def calibrate(model: nn.Module, batch: Any, targets: Sequence[tuple[Owned, float
     rescaled = _Pass(wanted, seed, rescale=True)
     checked = _Pass(wanted, seed, rescale=False)
     for each in (rescaled, checked):
-        with undisturbed(model, silent=True), torch.no_grad():
+        with undisturbed(model, silent=True, weights=True), torch.no_grad():
             _prepare(model)
             hooks = [
                 m.register_forward_pre_hook(_Preview(), with_kwargs=True)
@@ -72,12 +73,13 @@ def calibrate(model: nn.Module, batch: Any, targets: Sequence[tuple[Owned, float
                 follow(model, batch, each.see)
             except Exception as error:
                 raise TraceError(
-                    f"calibrate must be a batch that goes through model.forward: {type(error).__name__}: {error};"
-                    " pass a tensor, a tuple of positional or a dict of keyword arguments of forward"
+                    f"calibrate must be a batch that goes through model.forward: {where_and_why(error)}; pass a tensor,"
+                    " a tuple of positional or a dict of keyword arguments of forward"
                 ) from error
             finally:
                 for hook in hooks:
                     hook.remove()
+        each.write()  # what else the pass has written into weights (an average of others, a first batch) is undone
     left = {owned.name: "not used as a weight in the forward pass" for owned, _ in targets}
     left = {name: why for name, why in left.items() if name not in rescaled.stds} | rescaled.left
     return Calibrated(rescaled.stds, checked.stds, left)
@@ -120,6 +122,13 @@ class _Pass:
         self._graph: Graph | None = None
         self.stds: dict[str, float] = {}
         self.left: dict[str, str] = {}
+        self._written: list[tuple[Tensor, Tensor]] = []
+
+    def write(self) -> None:
+        """Give the weights the values that they have been rescaled to."""
+        with torch.no_grad():
+            for parameter, values in self._written:
+                parameter.copy_(values)
 
     def see(self, trace: Trace, outputs: list[Tensor], given: list[Tensor]) -> None:
         """Take in one operation."""
@@ -146,6 +155,7 @@ class _Pass:
             self.left[owned.name] = STILL if std == 0 else NON_FINITE
             return
         if self._multiply(owned, target / std):
+            self._written += [(parameter, parameter.detach().clone()) for parameter in owned.originals.values()]
             output.copy_(linear * (target / std) + bias)
         else:
             self.left[owned.name] = "its parametrization keeps a scale of its own"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_gradhealth.layers import unwrap
-from lightning_gradhealth.messages import reason_of
+from lightning_gradhealth.messages import where_and_why
 from lightning_gradhealth.steps import step_arguments
 from lightning_gradhealth.tracing.record import as_arguments
 from lightning_gradhealth.trees import tensors
@@ -80,7 +80,7 @@ def from_loss(model: nn.Module, pair: tuple[Any, Any], loss_fn: Callable[..., An
     except Exception as error:
         raise ValueError(
             f"loss_fn must take the model's output and y, got {_shapes(output)} and {_shapes(target)}:"
-            f" {reason_of(error)}; it is called as loss_fn(model(x), y) for batch = (x, y)"
+            f" {where_and_why(error)}; it is called as loss_fn(model(x), y) for batch = (x, y)"
         ) from error
     return with_loss(loss, "loss_fn")
 
@@ -209,8 +209,8 @@ def _refused(name: str, what: str, model: nn.Module, value: Any, error: Exceptio
     if strange is not None and "device" in str(error).lower():
         home = min(map(str, homes))
         move = f'move it by .to("{home}")'
-        return f"{name} must be on the device of the model, {home}, got {strange}; {move}: {reason_of(error)}"
-    return f"{name} must go through {what}, got {_shapes(value)}: {reason_of(error)}{hint}"
+        return f"{name} must be on the device of the model, {home}, got {strange}; {move}: {where_and_why(error)}"
+    return f"{name} must go through {what}, got {_shapes(value)}: {where_and_why(error)}{hint}"
 
 
 def _shapes(value: Any) -> str:

@@ -92,10 +92,10 @@ def _run(model: nn.Module, run: Callable[[], Ends], scale: float, seed: int, bac
             for module in model.modules():
                 if not isinstance(module, torch.jit.ScriptModule):
                     module.register_forward_pre_hook(call, with_kwargs=True)  # `undisturbed` takes it off again
+            parameters = list(model.parameters())  # what forward registers anew is gone afterwards
             probe.open()
             ends = run()
             starts = _directions(ends, scale, seed)
-            parameters = list(model.parameters())
             if ends.loss is not None:
                 probe.end(ends.loss)
             squashed = probe.ending.squashed

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_gradhealth.isolation import undisturbed
 from lightning_gradhealth.layers import clean_name, is_compiled
+from lightning_gradhealth.messages import where_and_why
 
 UNITS = (nn.RNNBase, nn.RNNCellBase)  # recorded as one event: what is inside is known better than read off
 
@@ -134,16 +136,15 @@ def trace(model: nn.Module, example_inputs: Any, *, values: bool = True) -> Trac
     meta = any(parameter.is_meta for parameter in model.parameters())
     sources = ["meta"] if meta else ["fake", "real"] if values else ["fake"]
     attempts = [(source, grad) for source in sources for grad in (False, True)]  # True: autograd inside the forward
-    with undisturbed(model, silent=True), _plainly(model):
-        model.eval()
-        failures: list[Exception] = []
-        for source, grad in attempts:
+    for source, grad in attempts:
+        # each by itself: what one has left of fake tensors (`weight.data = ...`) is none of the next one's business;
+        # on fake tensors the few parameters that are written are copied when they are
+        with undisturbed(model, silent=True, weights=source == "real"), _plainly(model), torch.set_grad_enabled(grad):
+            model.eval()
             try:
-                with torch.set_grad_enabled(grad):
-                    return _record(model, args, kwargs, source)
+                return _record(model, args, kwargs, source)
             except Exception as failure:  # whatever a forward may raise
-                failures.append(failure)
-    error = failures[-1]
+                error = failure
     shown = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
     hint = ""
     if isinstance(example_inputs, list):
@@ -154,8 +155,7 @@ def trace(model: nn.Module, example_inputs: Any, *, values: bool = True) -> Trac
         hint = "; on the meta device a forward cannot read values: make the plan with a model that holds its values"
     raise TraceError(
         f"example_inputs must go through model.forward, got tensors of the shapes {shown or 'none'}:"
-        f" {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{hint}; pass a tensor, a tuple of"
-        " positional or a dict of keyword arguments of forward"
+        f" {where_and_why(error)}{hint}; pass a tensor, a tuple of positional or a dict of keyword arguments of forward"
     ) from error
 
 
@@ -217,9 +217,11 @@ def _record(
 ) -> Trace:
     with ExitStack() as stack:
         sample = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        recorder = _Recorder(model, source, observe)
         if source == "fake":
             from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
+            stack.callback(recorder.restore)  # behind the mode, which would compute nothing
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             args, kwargs = tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
         elif source == "meta":
@@ -227,11 +229,8 @@ def _record(
             stack.enter_context(torch.device("meta"))
         else:
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), (args, kwargs))
-        recorder = _Recorder(model, source, observe)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         recorder.trace.inputs = {recorder.value(t): real for t, real in zip(given, sample, strict=True)}
-        if source == "real" and observe is None:
-            stack.callback(recorder.restore)
         for handle in recorder.watch():
             stack.callback(handle.remove)
         with recorder:
@@ -259,6 +258,19 @@ def _given(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Any, Any]]:
             yield argument, args[position] if position < len(args) else kwargs.get(argument.name)
 
 
+def _keeper(parameter: nn.Parameter) -> Callable[[], None]:
+    """Puts a parameter's values back, and says that nothing was written."""
+    with _disable_current_modes():
+        version, alias = _unsafe_preserve_version_counter(parameter), parameter.data
+        values = alias.clone()
+
+    def restore() -> None:
+        alias.copy_(values)
+        version.__exit__()
+
+    return restore
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, source: str, observe: Observer | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -271,17 +283,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.modules.setdefault(self._paths[id(module)], module)
         self._running: list[nn.Module] = []
         self._stored: dict[int, list[nn.Parameter]] = {}  # by the address of their memory
-        self._saved: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._saved: dict[int, Callable[[], None]] = {}
         self._unit: Any = None  # what the recurrent module that runs was given
         for parameter in model.parameters():
             self.trace.parameters[self.value(parameter)] = parameter
-            if source == "real" and observe is None and torch._C._has_storage(parameter) and parameter.numel():
+            if source == "fake" and torch._C._has_storage(parameter) and parameter.numel():
                 self._stored.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
 
     def restore(self) -> None:
-        """Put the parameters back that the forward pass has written, as a table of embeddings with max_norm does."""
-        for parameter, values in self._saved.values():
-            parameter.data.copy_(values)
+        """Put the parameters back that the forward pass has written: where nothing is fake, such a mode computes."""
+        for undo in self._saved.values():
+            undo()
 
     # --- modules ---
 
@@ -374,7 +386,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for leaf in tree_leaves(given):
                     if isinstance(leaf, Tensor) and torch._C._has_storage(leaf):
                         for parameter in self._stored.get(leaf.untyped_storage().data_ptr(), ()):
-                            self._saved.setdefault(id(parameter), (parameter, parameter.detach().clone()))
+                            if id(parameter) not in self._saved:
+                                self._saved[id(parameter)] = _keeper(parameter)
 
     def _effects(self, func: Any, args: Any, kwargs: Any) -> tuple[tuple[int, ...], int | None]:
         """The values that an operator changes, and the one that its results are views of."""
