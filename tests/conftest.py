@@ -8,19 +8,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import companions  # noqa: F401  (before lightning, which comes to import torchvision)
+import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-# Lightning imports torchvision where it is installed, which beside a torch of another build lacks its operators
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    if not hasattr(torch.ops.torchvision, _name):
-        _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-import lightning.pytorch as pl  # noqa: E402
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 settings.register_profile("project", deadline=None, derandomize=True)  # the same examples on any machine, in any time
@@ -28,8 +22,9 @@ settings.load_profile("project")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many random models to try: the same 100 each time, unless more are asked for."""
+    """How many random models to try (the same 100 each time, unless more are asked for), and how much of the zoo."""
     parser.addoption("--random-models", type=int, default=None, help="try so many random models, others each time")
+    parser.addoption("--zoo", action="store_true", help="try all architectures of tests/zoo, not only the daily ones")
 
 
 @pytest.fixture(autouse=True)

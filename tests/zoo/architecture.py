@@ -1,4 +1,8 @@
-"""What an inhabitant of the zoo is: a model, a batch, a loss."""
+"""What an inhabitant of the zoo is: a model, a batch, a loss.
+
+A module of this folder exports `ARCHITECTURES: tuple[Architecture, ...]` and imports its libraries only inside of what
+builds a model, so that names can be listed without them.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,9 @@ class Architecture:
             target what the loss takes, None where the model gives the loss itself.
         loss: `loss(outputs, target)`: one number.
         daily: Whether it also runs without `--zoo`: a dozen do, each in a few seconds.
+        sick: Why the library's own init is ill, as the slow twin says, too; "": `diagnose` has to find it healthy.
+        uncovered: A regular expression of the parameters that `init_weights` rightly does not know, such as those that
+            the forward pass never uses.
     """
 
     name: str
@@ -32,6 +39,8 @@ class Architecture:
     batch: Callable[[], tuple[Any, Any]]
     loss: Callable[[Any, Any], Tensor]
     daily: bool = False
+    sick: str = ""
+    uncovered: str = ""
 
     @property
     def library(self) -> str:
