@@ -17,7 +17,7 @@ class Advice:
     Attributes:
         role: "weight" (multiplied with activations and summed), "lookup" (rows are read by index), "bias" (added to
             what a weight gives), "state" (used otherwise: a scale, a gate, a table of positions), "unused" (not met
-            in the forward pass).
+            in the forward pass), "unknown" (met in an operator of which nobody can tell what it does).
         fan_in: Terms an output sums, as the forward pass used the weight; None: not traced.
         fan_out: Terms an input's gradient sums; None: not traced.
         scheme: The scheme that `scheme="auto"` takes: "he", "xavier", "lecun", "orthogonal" or

@@ -261,6 +261,9 @@ class _Adviser:
         if composition is None:
             return {}
         self._compositions[index] = composition
+        if station.scale != 1.0 and advice.gain is not None:
+            self._scales[index] = station.scale
+            advice = replace(advice, gain=advice.gain / station.scale)
         return composition.advice(self._trace, station, advice)
 
     def _of_parameter(self, index: int, station: Station, value: int, advice: Advice) -> Advice:
@@ -273,11 +276,16 @@ class _Adviser:
             return replace(advice, keep="0 on purpose, as torch never leaves it; overrides= draws it")
         # a parametrized weight is written through its parametrization, so that no scale is left to make up for
         alone = len(station.parameters) == 1 and id(parameter) not in self._parametrized
-        scale = self._replayer.weight_scale(station, value) if alone else None
-        if scale is not None and abs(scale - 1) > 0.01 and advice.gain is not None:
+        scale = self._scale(station, value) if alone else 1.0
+        if abs(scale - 1) > 0.01 and advice.gain is not None:
             self._scales[index] = scale
             return replace(advice, gain=advice.gain / scale, note=f"enters the product multiplied by {scale:.4g}")
         return advice
+
+    def _scale(self, station: Station, value: int) -> float:
+        """What the products of a parameter are multiplied by, before and by the operator."""
+        made = self._replayer.weight_scale(station, value)
+        return station.scale * (1.0 if made is None else made)
 
     def _lookup(self, index: int, station: Station) -> None:
         for value in station.parameters:
@@ -330,6 +338,8 @@ class _Adviser:
         return shape[1 if getattr(module, "batch_first", False) and len(shape) == 3 else 0]
 
     def _unweighted(self, value: int, parameter: nn.Parameter) -> Advice:
+        if value in self._graph.unknown:
+            return Advice("unknown", note=self._graph.unknown[value])
         use = self._graph.elementwise.get(value)
         if use is None:
             return Advice("unused")

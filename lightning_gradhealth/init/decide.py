@@ -130,6 +130,8 @@ def _settle_last(context: InitContext, owned: Owned, override: Override | None) 
         context.weight_(owned.parameter, fan_in=known.fan_in, fan_out=known.fan_out)
     elif known.role == "unused":
         context.leave(owned, "uncovered", joined("not used in the recorded forward pass", known.note))
+    elif known.role == "unknown":
+        context.leave(owned, "uncovered", known.note)
     else:
         context.leave(owned, "state", known.note or _STATE.get(known.role, known.role))
 

@@ -86,7 +86,7 @@ class Path:
     def begins(self, source: int) -> list[int]:
         """The values that a source gives."""
         values = self.trace.inputs if source == INPUT else self.trace.events[source].outputs
-        return [value for value in values if self.trace.floating[value]]
+        return [value for value in values if self.trace.holds_signal(value)]
 
     def numel(self) -> int:
         """Number of elements of the value at the end."""

@@ -155,8 +155,10 @@ class Prediction:
         found = {value: stds.get(id(self._graph.trace.parameters[value])) for value in station.parameters}
         known = {value: std for value, std in found.items() if std is not None}
         if station.event in self._composed:
-            return self._composed[station.event](known)
-        return next((std * self._scales.get(station.event, 1.0) for std in known.values()), None)
+            made = self._composed[station.event](known)
+        else:
+            made = next(iter(known.values()), None)
+        return None if made is None else made * self._scales.get(station.event, 1.0)
 
     def _sensitivity(self, value: int, at: int, flow: Flow) -> float:
         """How much a relative deviation of the first variance has become: the product of chi_q on the way."""

@@ -6,81 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from lightning_gradhealth.tracing.fans import contraction_fans
+from lightning_gradhealth.tracing.operators import CONTRACTIONS, LOOKUPS, NORMS, ONE_SIDED, SUMS, VIEWS
+from lightning_gradhealth.tracing.probe import Prober, Use
 from lightning_gradhealth.tracing.record import Event, Trace
 
 INPUT = -1  # the source that stands for the model's inputs
-
-# operands (data, weight) of the operators that multiply and sum; either may be the weight where both are given as data
-_CONTRACTIONS = {
-    "mm": (0, 1),
-    "addmm": (1, 2),
-    "_addmm_activation": (1, 2),
-    "bmm": (0, 1),
-    "baddbmm": (1, 2),
-    "addbmm": (1, 2),
-    "mv": (1, 0),
-    "addmv": (2, 1),
-    "dot": (0, 1),
-    "linear": (0, 1),
-    "mkldnn_linear": (0, 1),
-    "_trilinear": (0, 1),
-    "convolution": (0, 1),
-    "_convolution": (0, 1),
-    "mkldnn_convolution": (0, 1),
-    "convolution_overrideable": (0, 1),
-    "_conv_depthwise2d": (0, 1),
-    "_slow_conv2d_forward": (0, 1),
-}
-_ONE_SIDED = {
-    "convolution",
-    "_convolution",
-    "linear",
-    "mkldnn_linear",
-    "mkldnn_convolution",
-    "convolution_overrideable",
-}
-_ONE_SIDED |= {"_conv_depthwise2d", "_slow_conv2d_forward", "_trilinear"}
-_LOOKUPS = {"embedding", "embedding_renorm", "_embedding_bag", "_embedding_bag_forward_only", "embedding_bag"}
-_NORMS = {
-    "native_layer_norm",
-    "native_group_norm",
-    "native_batch_norm",
-    "_native_batch_norm_legit",
-    "_native_batch_norm_legit_no_training",
-    "_batch_norm_no_update",
-    "_batch_norm_with_update",
-    "_batch_norm_with_update_functional",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-    "batch_norm_elemt",
-    "_fused_rms_norm",
-    "rms_norm",
-    "layer_norm",
-    "group_norm",
-    "instance_norm",
-}
-_SUMS = {"add", "sub", "rsub"}
-VIEWS = {
-    "view",
-    "_unsafe_view",
-    "_reshape_alias",
-    "reshape",
-    "t",
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "squeeze",
-    "detach",
-    "alias",
-    "clone",
-    "contiguous",
-    "_to_copy",
-    "to",
-    "lift_fresh",
-    "lift_fresh_copy",
-    "expand",
-}
 
 
 @dataclass(frozen=True)
@@ -95,6 +28,7 @@ class Station:
         operand: The value that is the weight as the operator saw it; None for merges, norms and units.
         fan_in: Terms that an output sums (weights only).
         fan_out: Terms that the gradient of an input sums (weights only).
+        scale: What the operator itself multiplies the products by, as a mean does (weights only).
         bias: The parameters added by the same operator.
     """
 
@@ -105,6 +39,7 @@ class Station:
     operand: int | None = None
     fan_in: float = 1.0
     fan_out: float = 1.0
+    scale: float = 1.0
     bias: tuple[int, ...] = ()
 
 
@@ -129,6 +64,7 @@ class Graph:
     Attributes:
         stations: By the index of their event, in order.
         elementwise: Parameters that meet the signal other than as weights: what operator, by value.
+        unknown: Parameters that meet it in an operator of which nobody can tell what it does: why, by value.
         biases: Those among them that are added to what a weight gives: the station of the weight, by value.
         kept: Biases that keep the values they have: no replay takes them for 0.
 
@@ -145,11 +81,13 @@ class Graph:
         self.trace = trace
         self.stations: dict[int, Station] = {}
         self.elementwise: dict[int, str] = {}
+        self.unknown: dict[int, str] = {}
         self.biases: dict[int, int] = {}
         self.kept: frozenset[int] = frozenset()
         self._made: dict[int, int] = {}  # value -> the event that made it
         self._written: dict[int, list[int]] = {}  # base value -> the events that wrote into its memory
         self._states: list[_State] = []
+        self._prober = Prober(trace)
         self._inputs = trace.inputs
         self._parameters = trace.parameters
         self.extend()
@@ -198,14 +136,16 @@ class Graph:
         merged = _joined(states.values())
         if not merged.active:
             return merged
-        behind_weights = event.name in _SUMS and self._only_weights(merged.sources)
+        if self._is_chosen(event, states):
+            return _State(parameters=merged.parameters)
+        behind_weights = event.name in SUMS and self._only_weights(merged.sources)
         for value, state in states.items():
             itself = behind_weights and self._is_itself(value, index)
             for parameter in () if state.active else state.parameters:
                 self.elementwise.setdefault(parameter, event.name)
                 if itself and self._parameters[parameter].dim() < 2:
                     self.biases.setdefault(parameter, min(merged.sources))
-        if INPUT not in merged.sources and not any(self.trace.floating[value] for value in event.outputs):
+        if INPUT not in merged.sources and not any(self.trace.holds_signal(value) for value in event.outputs):
             return _NOTHING  # an index or a mask that a signal has chosen carries none itself
         return _State(active=True, sources=merged.sources)
 
@@ -220,22 +160,24 @@ class Graph:
         if event.func is None:
             return self._unit(index, event, reads, states)
         name = event.name
-        if name in _LOOKUPS:
+        if name in LOOKUPS:
             table, *_ = reads
             return Station(index, "lookup", tuple(reads[1:2]), tuple(sorted(states[table].parameters)), table)
-        if name in _NORMS:
+        if name in NORMS:
             return self._norm(index, reads, states)
-        if name in _CONTRACTIONS:
+        if name in CONTRACTIONS:
             return self._weight(index, event, states)
-        if name in _SUMS:
+        if name in SUMS:
             return self._merge(index, reads, states)
-        return None
+        if name in VIEWS or torch.Tag.pointwise in event.func.tags:
+            return None
+        return self._probed(index, event, states) or self._reduced(index, event, states)
 
     def _unit(self, index: int, event: Event, reads: list[int], states: dict[int, _State]) -> Station:
         module = self.trace.modules[event.module]
         own = {id(parameter) for parameter in module.parameters()}
         parameters = tuple(value for value, parameter in self._parameters.items() if id(parameter) in own)
-        active = tuple(value for value in reads if states[value].active and self.trace.floating[value])
+        active = tuple(value for value in reads if states[value].active and self.trace.holds_signal(value))
         return Station(index, "unit", active[:1], parameters)
 
     def _norm(self, index: int, reads: list[int], states: dict[int, _State]) -> Station | None:
@@ -247,8 +189,8 @@ class Graph:
         return Station(index, "norm", tuple(reads[:1]), tuple(scales))
 
     def _weight(self, index: int, event: Event, states: dict[int, _State]) -> Station | None:
-        data, weight = (event.args[position].value for position in _CONTRACTIONS[event.name])
-        if event.name not in _ONE_SIDED and self._is_data(weight, data, states, event):
+        data, weight = (event.args[position].value for position in CONTRACTIONS[event.name])
+        if event.name not in ONE_SIDED and self._is_data(weight, data, states, event):
             data, weight = weight, data
         if not self._is_weight(weight, data, states, event):
             return None
@@ -262,8 +204,78 @@ class Graph:
         shapes = self.trace.shapes
         fan_in, fan_out = contraction_fans(event, shapes, data, weight)
         return Station(
-            index, "weight", (data,), tuple(sorted(states[weight].parameters)), weight, fan_in, fan_out, tuple(bias)
+            index,
+            "weight",
+            (data,),
+            tuple(sorted(states[weight].parameters)),
+            weight,
+            fan_in,
+            fan_out,
+            1.0,
+            tuple(bias),
         )
+
+    def _probed(self, index: int, event: Event, states: dict[int, _State]) -> Station | None:
+        """The weight of an operator that is known by what it does alone."""
+        signals = [v for v, state in states.items() if state.active and self.trace.holds_signal(v)]
+        operands = [v for v, state in states.items() if not state.active and state.parameters]
+        if not any(self.trace.holds_signal(value) for value in event.outputs):
+            return None
+        uses = {(data, v): self._prober.use([event], data, v) for v in operands for data in signals}
+        for (data, weight), use in uses.items():
+            if use.kind == "product":
+                sums = {v for v in operands if v != weight and uses[data, v].kind == "elementwise"}
+                return self._product(index, data, weight, use, states, sums)
+        for value in operands:
+            known = [uses[data, value] for data in signals]
+            if known and all(use.kind == "unknown" for use in known):
+                for parameter in states[value].parameters:
+                    self.unknown.setdefault(parameter, f"{event.name}: {known[0].why}")
+        return None
+
+    def _reduced(self, index: int, event: Event, states: dict[int, _State]) -> Station | None:
+        """The weight of a product by elements that is summed afterwards, as a contraction by hand is."""
+        signals = [v for v, state in states.items() if state.active and self.trace.holds_signal(v)]
+        if len(signals) != 1 or not event.outputs or event.writes:
+            return None
+        chain, value = [event], signals[0]
+        while True:
+            makers = self.makers(value, index)
+            if len(makers) != 1 or makers[0] in self.stations or self.trace.events[makers[0]].writes:
+                return None
+            chain.insert(0, self.trace.events[makers[0]])
+            if chain[0].name not in VIEWS:
+                break
+            value = chain[0].reads[0]
+        if chain[0].name != "mul" or len(chain[0].reads) != 2:
+            return None
+        by_role = sorted(chain[0].reads, key=lambda v: not self.state(v, index).active)
+        data, weight = by_role
+        of_data, of_weight = (self.state(v, index) for v in by_role)
+        if not of_data.active or of_weight.active or not of_weight.parameters:
+            return None
+        if all(self._parameters[p].dim() < 2 for p in of_weight.parameters):
+            return None
+        use = self._prober.use(chain, data, weight)
+        return self._product(index, data, weight, use, {weight: of_weight}) if use.kind == "product" else None
+
+    def _product(
+        self, index: int, data: int, weight: int, use: Use, states: dict[int, _State], sums: Iterable[int] = ()
+    ) -> Station:
+        bias = tuple(p for value in sums for p in sorted(states[value].parameters))
+        for parameter in bias:
+            self.elementwise.setdefault(parameter, "add")
+            self.biases.setdefault(parameter, index)
+        parameters = tuple(sorted(states[weight].parameters))
+        return Station(index, "weight", (data,), parameters, weight, use.fan_in, use.fan_out, use.scale, bias)
+
+    def _is_chosen(self, event: Event, states: dict[int, _State]) -> bool:
+        """Whether an index that comes with the signal chooses among weights, as among those of experts."""
+        tables = [v for v, state in states.items() if not state.active and state.parameters]
+        active = [v for v, state in states.items() if state.active]
+        matrices = any(len(self.trace.shapes[value]) > 2 for value in tables)
+        gives = any(self.trace.holds_signal(value) for value in event.outputs)
+        return matrices and gives and not any(self.trace.holds_signal(value) for value in active)
 
     def _is_data(self, value: int, other: int, states: dict[int, _State], event: Event) -> bool:
         """Whether `value` carries the signal and `other` the weight."""
@@ -288,7 +300,7 @@ class Graph:
         return any(id(self._parameters[p]) in own for p in states[value].parameters)
 
     def _merge(self, index: int, reads: list[int], states: dict[int, _State]) -> Station | None:
-        active = [value for value in reads if states[value].active and self.trace.floating[value]]
+        active = [value for value in reads if states[value].active and self.trace.holds_signal(value)]
         if len(active) != 2 or states[active[0]].sources == states[active[1]].sources:
             return None
         return Station(index, "merge", tuple(active))
@@ -299,7 +311,7 @@ class Graph:
     def final(self) -> dict[int, frozenset[int]]:
         """The model's outputs that carry the signal, and their sources."""
         end = len(self.trace.events)
-        outputs = {value: self.sources(value, end) for value in self.trace.outputs if self.trace.floating[value]}
+        outputs = {value: self.sources(value, end) for value in self.trace.outputs if self.trace.holds_signal(value)}
         return {value: sources for value, sources in outputs.items() if sources}
 
     @cached_property

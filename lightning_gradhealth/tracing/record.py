@@ -74,7 +74,7 @@ class Trace:
         parameters: The values that are parameters.
         constants: The values that were there before: buffers and tensors of the surroundings.
         shapes: Shape of every value.
-        floating: Which values hold floating numbers.
+        dtypes: What kind of numbers every value holds.
         base: For a view, the value whose memory it shares; otherwise the value itself.
         modules: The modules by path.
         by_class: For tensors on the meta device the values that their classes would give them, by identity.
@@ -87,11 +87,15 @@ class Trace:
     parameters: dict[int, nn.Parameter] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    floating: list[bool] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
     base: list[int] = field(default_factory=list)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     by_class: dict[int, Tensor] = field(default_factory=dict)
     source: str = ""
+
+    def holds_signal(self, value: int) -> bool:
+        """Whether a value holds floating or complex numbers; others are indices and masks."""
+        return self.dtypes[value].is_floating_point or self.dtypes[value].is_complex
 
 
 def refs(tree: Any) -> list[int]:
@@ -350,7 +354,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _check_kinds(self, func: Any, given: Any) -> None:
         """Raise where integers meet floating numbers in a product: without values torch lets them."""
         if self.trace.source != "real" and func.overloadpacket.__name__ in _PRODUCTS:
-            kinds = {self.trace.floating[value] for value in refs(given)}
+            kinds = {self.trace.holds_signal(value) for value in refs(given)}
             if len(kinds) > 1:
                 raise TypeError(f"{func.overloadpacket.__name__} of integers and floating numbers")
 
@@ -373,7 +377,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number = len(self.trace.shapes)
         self._values[tensor] = number
         self.trace.shapes.append(tuple(tensor.shape))
-        self.trace.floating.append(tensor.is_floating_point())
+        self.trace.dtypes.append(tensor.dtype)
         self.trace.base.append(number if viewed is None else self.trace.base[viewed])
         return number
 
