@@ -797,6 +797,9 @@ class InitEntry(Record):
         found: How the gain was found: "closed form", "quadrature", "replayed", "module order", "output", "override"
             ("": it is the scheme's, or an initializer's).
         follows: What the signal passes on its way to the next weight, with its gain, as "gelu 1.534".
+        relative_step: What the first step of an Adam-like optimizer at `lr=` moves it by, in units of its root mean
+            square: such a step moves every element by `lr`. None: no rate was given, it is frozen or 0, or it makes up
+            another weight (weight_norm and the like).
 
     Example:
         >>> InitEntry("0.weight", "Linear", (8, 4), "Linear", "he", "normal", 4.0, 1.41, 0.707, 0.7).fan
@@ -816,6 +819,7 @@ class InitEntry(Record):
     note: str = ""
     found: str = ""
     follows: str = ""
+    relative_step: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradhealth.init.owned import Owned
+from lightning_gradhealth.init.settings import joined
 from lightning_gradhealth.isolation import undisturbed
 from lightning_gradhealth.messages import where_and_why
+from lightning_gradhealth.records import DepthPoint, InitReport
 from lightning_gradhealth.tracing import UNITS, Graph, Station, Trace, TraceError, follow
 from lightning_gradhealth.validation import wrong
 
@@ -213,3 +216,47 @@ def _first_layers(module: nn.RNNBase, number: int) -> Any:
     weights = module._flat_weights[: len(module._flat_weights) // module.num_layers * number]
     vars(short).update(num_layers=number, dropout=0.0, _flat_weights=weights)
     return short.forward
+
+
+def with_measured(report: InitReport, found: Calibrated, targets: Sequence[tuple[Owned, float]]) -> InitReport:
+    """The report with what the calibration has measured."""
+    predicted = {point.name: point for point in report.depth}
+    wanted = {owned.name: target for owned, target in targets}
+    points = {
+        name: replace(
+            predicted.get(name, DepthPoint(name, None, None, None)),
+            target=wanted[name],
+            before=found.before[name],
+            after=after,
+        )
+        for name, after in found.after.items()
+    }
+    left = {
+        original: found.left[owned.name]
+        for owned, _ in targets
+        if owned.name in found.left
+        for original in owned.originals
+    }
+    entries = tuple(
+        replace(entry, note=joined(entry.note, f"not calibrated: {left[name]}"))
+        if (name := entry.name.partition("[")[0]) in left
+        else entry
+        for entry in report.entries
+    )
+    return replace(
+        report,
+        entries=entries,
+        depth=tuple(({**predicted, **points}).values()),
+        notes=(*report.notes, *_as_drawn(found)),
+    )
+
+
+def _as_drawn(found: Calibrated) -> list[str]:
+    """What to say of a batch that tells nothing of a weight."""
+    notes = []
+    for reason in (STILL, NON_FINITE):
+        names = [name for name, why in found.left.items() if why == reason]
+        if names:
+            few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+            notes.append(f"calibrate: left as drawn, {len(names)} weights ({few}): {reason}")
+    return notes

@@ -25,6 +25,7 @@ class Call:
     residual: str
     skip: Sequence[re.Pattern[str]]
     seed: int | None
+    lr: float | None
     on_uncovered: str
 
 
@@ -38,12 +39,13 @@ def check_call(
     residual: str,
     skip: str | Sequence[str],
     seed: int | None,
+    lr: float | None,
     on_uncovered: str,
 ) -> Call:
     """Check the arguments of `init_weights`, as far as that needs no model.
 
     Raises:
-        TypeError: `seed` is no integer, or `overrides` are no pairs.
+        TypeError: `seed` is no integer, `gamma` or `lr` no number, or `overrides` are no pairs.
         ValueError: An argument is out of range.
     """
     key = scheme.lower() if isinstance(scheme, str) else scheme  # "He" and "Xavier" are names of people
@@ -56,12 +58,14 @@ def check_call(
     check_number("gamma", gamma, "leave it out for the scheme's own scale")
     if seed is not None:
         seed = check_int("seed", seed, None, "None draws one from torch's global state", "an int or None")
+    if lr is not None:
+        lr = check_number("lr", lr, "give the optimizer's learning rate, or leave it out")
     chosen = SCHEMES[key]
     found = isinstance(nonlinearity, str) and nonlinearity == "auto"
     own = gain(chosen.nonlinearity if found else nonlinearity)
     settings = Settings(chosen, distribution, mode, own, float(gamma), gain_given=not found)
     wishes = check_overrides(overrides)
-    return Call(settings, nonlinearity, wishes, residual, _patterns(skip), seed, on_uncovered)
+    return Call(settings, nonlinearity, wishes, residual, _patterns(skip), seed, lr, on_uncovered)
 
 
 def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:

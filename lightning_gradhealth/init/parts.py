@@ -14,8 +14,13 @@ from lightning_gradhealth.init.blocks import Block, whole
 from lightning_gradhealth.init.owned import Owned
 from lightning_gradhealth.init.settings import OVERRIDE, joined
 from lightning_gradhealth.layers import clean_name
-from lightning_gradhealth.records import InitEntry
+from lightning_gradhealth.records import InitEntry, InitReport
 from lightning_gradhealth.sharding import fill, is_sharded
+
+MOVES = (
+    0.1  # of a weight's size, by a first step: healthy runs stay below .05, and oversized_updates reports from here on
+)
+APART = 100.0  # as far is it from that to the usual share of a step, .001
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,20 @@ class Part:
         if self.sets:
             self.owned.write(self.whole(seed), seed)
 
-    def entries(self, measured: bool) -> dict[str, list[InitEntry]]:
-        """What the report says, by the name of the original."""
+    def entries(self, measured: bool, lr: float | None) -> dict[str, list[InitEntry]]:
+        """What the report says, by the name of the original.
+
+        Args:
+            measured: Whether it has been carried out, so that there is something to measure.
+            lr: The learning rate of an Adam-like optimizer; None: not known.
+        """
         owned = self.owned
         values = owned.present() if measured and not any(map(_unreadable, owned.originals.values())) else None
         entries = [_measured(block, values) for block in self.blocks]
         if owned.computed is None:
-            return {owned.name: entries}
+            return {
+                owned.name: [self._stepped(entry, block, lr) for entry, block in zip(entries, self.blocks, strict=True)]
+            }
         said = {}
         for name, original in owned.originals.items():
             if name == owned.main:
@@ -100,6 +112,17 @@ class Part:
                 first, note = entries[0], f"gives {owned.name}, with {owned.main}"
                 said[name] = [InitEntry(name, first.module, tuple(original.shape), first.rule, first.scheme, note=note)]
         return said
+
+    def _stepped(self, entry: InitEntry, block: Block, lr: float | None) -> InitEntry:
+        """The entry with what one step moves, of a parameter that is trained and not 0."""
+        values = self.owned.parameter
+        if lr is None or not (values.requires_grad and values.is_floating_point()):
+            return entry
+        if entry.measured_std is None and block.draw is not None:  # a plan, or sharded
+            rms = entry.target_std
+        else:
+            rms = None if _unreadable(values) else _rms(block.part(values.detach()))
+        return replace(entry, relative_step=lr / rms) if rms else entry
 
 
 def target_of(owned: Owned, blocks: Sequence[Block], advice: Mapping[int, Advice]) -> float | None:
@@ -127,8 +150,30 @@ def _measured(block: Block, values: Tensor | None) -> InitEntry:
     return replace(block.entry, measured_std=float(precise.std()))
 
 
-def in_order(model: nn.Module, parts: Sequence[Part], measured: bool) -> tuple[InitEntry, ...]:
+def in_order(model: nn.Module, parts: Sequence[Part], *, measured: bool, lr: float | None) -> tuple[InitEntry, ...]:
     """The entries of all parameters, in registration order."""
-    said = {name: entries for part in parts for name, entries in part.entries(measured).items()}
+    said = {name: entries for part in parts for name, entries in part.entries(measured, lr).items()}
     names = [clean_name(path) for path, _ in model.named_parameters(remove_duplicate=False)]
     return tuple(entry for name in dict.fromkeys(names) for entry in said.get(name, ()))
+
+
+def with_step_notes(report: InitReport, lr: float | None) -> InitReport:
+    """The report with what there is to say of the first step at a learning rate; the drawn weights are looked at."""
+    steps = {e.name: e.relative_step for e in report.entries if e.relative_step and e.target_std and len(e.shape) > 1}
+    if lr is None or not steps:
+        return report
+    least, greatest = min(steps, key=lambda name: steps[name]), max(steps, key=lambda name: steps[name])
+    share = steps[greatest]
+    notes = []
+    if share > MOVES:
+        many = sum(step > MOVES for step in steps.values())
+        notes.append(
+            f"at lr={lr:g} the first step of an Adam-like optimizer moves {many} of {len(steps)} weights by more than"
+            f" {MOVES:.0%} of their size, {greatest} by {share:.2g} times: warm the rate up, or take a smaller one"
+        )
+    if share > APART * steps[least]:
+        notes.append(
+            f"a step of an Adam-like optimizer moves {greatest} by {share:.2g} of its size, {least} by only"
+            f" {steps[least]:.2g}: no learning rate suits both; give them rates of their own by parameter groups"
+        )
+    return replace(report, notes=(*report.notes, *notes))

@@ -18,20 +18,17 @@ from lightning_gradhealth.init.atomic import all_or_nothing, random_state_kept_o
 from lightning_gradhealth.init.auto import advise
 from lightning_gradhealth.init.binding import bind
 from lightning_gradhealth.init.calibration import (
-    NON_FINITE,
-    STILL,
-    Calibrated,
     calibrate as calibrate_weights,
     check_batch,
+    with_measured,
 )
 from lightning_gradhealth.init.call import Call, check_call
 from lightning_gradhealth.init.decide import WOULD_TELL, decide
 from lightning_gradhealth.init.gains import Nonlinearity
 from lightning_gradhealth.init.overrides import Overrides
-from lightning_gradhealth.init.owned import Owned, check_shapes, owned_by
+from lightning_gradhealth.init.owned import check_shapes, owned_by
 from lightning_gradhealth.init.parametrized import has_computed
-from lightning_gradhealth.init.parts import Part, in_order, target_of
-from lightning_gradhealth.init.settings import joined
+from lightning_gradhealth.init.parts import Part, in_order, target_of, with_step_notes
 from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import check_model, clean_name, unwrap
 from lightning_gradhealth.records import DepthPoint, InitEntry, InitReport
@@ -52,6 +49,7 @@ def init_weights(
     calibrate: Any = None,
     skip: str | Sequence[str] = (),
     seed: int | None = None,
+    lr: float | None = None,
     on_uncovered: str = "warn",
     dry_run: bool = False,
 ) -> InitReport:
@@ -102,6 +100,9 @@ def init_weights(
         seed: Where all random numbers come from; the global random state then stays as it is. None: a seed
             is drawn from the global state, so that `torch.manual_seed` rules. On several processes give a
             seed, or set the global one alike.
+        lr: The learning rate, for the report alone: by how much the first step of an Adam-like optimizer will move
+            each parameter, as a share of its size. Such a step moves every element by `lr`, whatever its gradient;
+            what SGD does depends on the gradient, and is not told. None: not told.
         on_uncovered: What to do where nothing is known of a parameter: "warn", "raise" (before anything
             is changed) or "ignore".
         dry_run: Only report what would be done: nothing is changed, the global random state included.
@@ -122,11 +123,16 @@ def init_weights(
         >>> report = init_weights(model, scheme="he", overrides={r"2\.weight": {"std": 0.02}}, seed=0)
         >>> abs(model[0].weight.var().item() * 512 - 2) < 0.05, round(report.entries[2].measured_std, 2)
         (True, 0.02)
+        >>> report = init_weights(nn.Linear(100, 10), lr=1e-3, seed=0)
+        >>> f"{report.entries[0].relative_step:.1%}"
+        '1.0%'
 
     Paper: He et al. 2015 (arXiv:1502.01852); Glorot and Bengio 2010; LeCun et al. 1998; for recurrent
     layers Saxe et al. 2014 (arXiv:1312.6120) and Jozefowicz et al. 2015.
     """
-    call = check_call(scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, on_uncovered)
+    call = check_call(
+        scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, lr, on_uncovered
+    )
     if not check_flag("dry_run", dry_run, "leave it out to initialise the model"):
         with random_state_kept_on_error():
             return _plan(model, example_inputs, calibrate, call).apply()
@@ -151,6 +157,7 @@ def plan_init(
     calibrate: Any = None,
     skip: str | Sequence[str] = (),
     seed: int | None = None,
+    lr: float | None = None,
     on_uncovered: str = "warn",
 ) -> InitPlan:
     """Decide what `init_weights` would do, now, and do it later: a model on the meta device is enough.
@@ -168,6 +175,7 @@ def plan_init(
         calibrate: As for `init_weights`; such a plan can be applied, not bound.
         skip: As for `init_weights`.
         seed: As for `init_weights`; None: drawn now.
+        lr: As for `init_weights`.
         on_uncovered: As for `init_weights`.
 
     Returns:
@@ -189,7 +197,9 @@ def plan_init(
         >>> round(float(model.weight.detach().std()), 2)
         0.06
     """
-    call = check_call(scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, on_uncovered)
+    call = check_call(
+        scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, lr, on_uncovered
+    )
     with random_state_kept_on_error():
         return _plan(model, example_inputs, calibrate, call)
 
@@ -207,9 +217,12 @@ class InitPlan:
         (False, True)
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[Part], report: InitReport, batch: Any = None) -> None:
-        self._model, self._parts, self._calibrate = model, parts, batch
-        self.report = report
+    def __init__(
+        self, model: nn.Module, parts: Sequence[Part], report: InitReport, batch: Any = None, lr: float | None = None
+    ) -> None:
+        self._model, self._parts, self._calibrate, self._lr = model, parts, batch, lr
+        self._bare = report
+        self.report = with_step_notes(report, lr)
 
     def apply(self) -> InitReport:
         """Write all values into the model's parameters, plain or sharded.
@@ -242,11 +255,13 @@ class InitPlan:
                     part.write(seed)
             found = None if self._calibrate is None else calibrate_weights(self._model, self._calibrate, targets, seed)
             with torch.no_grad():
-                entries = in_order(self._model, parts, measured=True)
-        report = replace(self.report, entries=entries, applied=True)
+                entries = in_order(self._model, parts, measured=True, lr=self._lr)
+        report = replace(self._bare, entries=entries, applied=True)
         if lost:
             warnings.warn(_of_lost(lost), UserWarning, stacklevel=2)
-        return report if found is None else _with_measured(report, found, targets)
+        if found is not None:
+            report = with_measured(report, found, targets)
+        return with_step_notes(report, self._lr)
 
     def bind(self) -> None:
         """Let every module of the model carry out its part by `reset_parameters()`, once there is memory for it.
@@ -316,7 +331,7 @@ def _plan(model: nn.Module, example_inputs: Any, batch: Any, call: Call) -> Init
     parts = [
         Part(owned, blocks[owned.name], target_of(owned, blocks[owned.name], advised.advice)) for owned in parameters
     ]
-    entries = in_order(model, parts, measured=False)
+    entries = in_order(model, parts, measured=False, lr=call.lr)
     for pattern in call.skip:
         if not any(pattern.fullmatch(name) for owned in parameters for name in owned.all_names):
             warnings.warn(f"skip: {pattern.pattern!r} matches no parameter's whole name", UserWarning, stacklevel=3)
@@ -333,57 +348,13 @@ def _plan(model: nn.Module, example_inputs: Any, batch: Any, call: Call) -> Init
         notes=(*advised.notes, *warned),
         applied=False,
     )
-    return InitPlan(model, parts, report, batch)
+    return InitPlan(model, parts, report, batch, call.lr)
 
 
 def _of_lost(names: Sequence[str]) -> str:
     """What is said of parameters that the plan would set, and that the model no longer has."""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"{shown}: no longer in the model, nothing was written there; make the plan anew if others took their place"
-
-
-def _with_measured(report: InitReport, found: Calibrated, targets: Sequence[tuple[Owned, float]]) -> InitReport:
-    """The report with what the calibration has measured."""
-    predicted = {point.name: point for point in report.depth}
-    wanted = {owned.name: target for owned, target in targets}
-    points = {
-        name: replace(
-            predicted.get(name, DepthPoint(name, None, None, None)),
-            target=wanted[name],
-            before=found.before[name],
-            after=after,
-        )
-        for name, after in found.after.items()
-    }
-    left = {
-        original: found.left[owned.name]
-        for owned, _ in targets
-        if owned.name in found.left
-        for original in owned.originals
-    }
-    entries = tuple(
-        replace(entry, note=joined(entry.note, f"not calibrated: {left[name]}"))
-        if (name := entry.name.partition("[")[0]) in left
-        else entry
-        for entry in report.entries
-    )
-    return replace(
-        report,
-        entries=entries,
-        depth=tuple(({**predicted, **points}).values()),
-        notes=(*report.notes, *_as_drawn(found)),
-    )
-
-
-def _as_drawn(found: Calibrated) -> list[str]:
-    """What to say of a batch that tells nothing of a weight."""
-    notes = []
-    for reason in (STILL, NON_FINITE):
-        names = [name for name, why in found.left.items() if why == reason]
-        if names:
-            few = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-            notes.append(f"calibrate: left as drawn, {len(names)} weights ({few}): {reason}")
-    return notes
 
 
 def _forecast(advised: Advised, parts: Sequence[Part]) -> tuple[tuple[DepthPoint, ...], tuple[str, ...]]:

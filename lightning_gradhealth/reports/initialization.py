@@ -35,7 +35,7 @@ def render_init(report: InitReport) -> RenderableType:
 def _init_table(report: InitReport) -> FittedTable:
     entries = report.entries
     gain_from = [" ".join(filter(None, (e.follows, f"({e.found})" if e.found else ""))) for e in entries]
-    columns = (
+    columns = [
         Column("rule and scheme", [f"{e.rule}: {e.scheme} {e.distribution}" for e in entries], 1, words=True),
         Column("fan", [figure(e.fan) for e in entries], 5),
         Column("gain", [figure(e.gain) for e in entries], 3),
@@ -48,7 +48,11 @@ def _init_table(report: InitReport) -> FittedTable:
             words=True,
             below=True,
         ),
-    )
+    ]
+    if any(e.relative_step is not None for e in entries):
+        columns.insert(
+            5, Column("one step", ["" if (step := e.relative_step) is None else f"{step:.1%}" for e in entries], 3)
+        )
     names = [f"{entry.name} {'×'.join(map(str, entry.shape))}" for entry in entries]
     styles = ["yellow" if e.rule == "uncovered" else "dim" if e.scheme == "kept" else "" for e in entries]
     return FittedTable("parameter", names, columns, styles)
