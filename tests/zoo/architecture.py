@@ -6,11 +6,27 @@ builds a model, so that names can be listed without them.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+
+class Library:
+    """A module of a library that is imported where something of it is first asked for.
+
+    Example:
+        >>> Library("collections").OrderedDict()
+        OrderedDict()
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import wheels
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.architecture import Architecture
+from zoo.architecture import Architecture, Library
 
-wheels.import_all()
-import diffusers  # noqa: E402 - it imports both
+diffusers = Library("diffusers")
 
 Batch = tuple[Any, Any]
 
@@ -272,7 +270,7 @@ def autoencoded() -> Batch:
 
 
 ARCHITECTURES = (
-    Architecture("diffusers/UNet2D", "diffusion", unet, lambda: image(3, 16, timestep=steps), sample, daily=True),
+    Architecture("diffusers/UNet2D", "diffusion", unet, lambda: image(3, 16, timestep=steps), sample),
     Architecture(
         "diffusers/UNet2DCondition",
         "diffusion",
@@ -280,7 +278,7 @@ ARCHITECTURES = (
         lambda: image(4, 16, timestep=steps, encoder_hidden_states=text),
         sample,
     ),
-    Architecture("diffusers/DiT", "diffusion", dit, dit_batch, mean, daily=True),
+    Architecture("diffusers/DiT", "diffusion", dit, dit_batch, mean),
     Architecture("diffusers/PixArt", "diffusion", pixart, pixart_batch, mean),
     Architecture("diffusers/SD3", "diffusion", sd3, sd3_batch, sample),
     Architecture("diffusers/Flux", "diffusion", flux, flux_batch, sample),

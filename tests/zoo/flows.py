@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import zuko
-from nflows import distributions, nn as nets, transforms
-from nflows.flows import Flow
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.architecture import Architecture
+from zoo.architecture import Architecture, Library
 
+flows, nets, transforms = Library("nflows.flows"), Library("nflows.nn.nets"), Library("nflows.transforms")
+distributions, zuko = Library("nflows.distributions"), Library("zuko.flows")
 SIZE = 6
 Batch = tuple[Any, Any]
 
@@ -47,15 +46,15 @@ def negative(log_prob: Tensor, target: None) -> Tensor:
 
 
 def residual_net(inputs: int, outputs: int) -> nn.Module:
-    return nets.nets.ResidualNet(inputs, outputs, hidden_features=32, num_blocks=1)
+    return nets.ResidualNet(inputs, outputs, hidden_features=32, num_blocks=1)
 
 
 def convolutional_net(inputs: int, outputs: int) -> nn.Module:
-    return nets.nets.ConvResidualNet(inputs, outputs, hidden_channels=16, num_blocks=1)
+    return nets.ConvResidualNet(inputs, outputs, hidden_channels=16, num_blocks=1)
 
 
 def flow(*layers: nn.Module, shape: tuple[int, ...] = (SIZE,)) -> nn.Module:
-    return Likelihood(Flow(transforms.CompositeTransform(layers), distributions.StandardNormal(shape)))
+    return Likelihood(flows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal(shape)))
 
 
 def half(number: int) -> Tensor:
@@ -140,7 +139,7 @@ class Additive(nn.Module):
 
 
 def of_zuko(kind: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: Likelihood(getattr(zuko.flows, kind)(SIZE, **options))
+    return lambda: Likelihood(getattr(zuko, kind)(SIZE, **options))
 
 
 def of_tabular(name: str, model: Callable[[], nn.Module], daily: bool = False) -> Architecture:
@@ -151,7 +150,7 @@ WIDE = (32, 32)
 
 ARCHITECTURES = (
     of_tabular("nflows/RealNVP", realnvp),
-    of_tabular("nflows/RQS coupling", rqs_coupling, daily=True),
+    of_tabular("nflows/RQS coupling", rqs_coupling),
     Architecture("nflows/Glow", "flow", glow, pictures, negative),
     of_tabular("nflows/MAF", autoregressive),
     of_tabular("nflows/RQS autoregressive", rqs_autoregressive),

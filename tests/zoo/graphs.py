@@ -7,20 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch_geometric.nn import (
-    DeepGCNLayer,
-    GATv2Conv,
-    GENConv,
-    GINEConv,
-    GPSConv,
-    PNAConv,
-    TransformerConv,
-    global_mean_pool,
-    models,
-)
 
-from zoo.architecture import Architecture
+from zoo.architecture import Architecture, Library
 
+pyg = Library("torch_geometric.nn")
 NODES, FEATURES, CLASSES, GRAPHS = 64, 8, 3, 8
 Batch = tuple[Any, Any]
 
@@ -56,8 +46,8 @@ class Residual(nn.Module):
         super().__init__()
         self.encoder = nn.Linear(FEATURES, width)
         self.layers = nn.ModuleList(
-            DeepGCNLayer(
-                GENConv(width, width, aggr="softmax", learn_t=True), nn.LayerNorm(width), nn.ReLU(inplace=True)
+            pyg.DeepGCNLayer(
+                pyg.GENConv(width, width, aggr="softmax", learn_t=True), nn.LayerNorm(width), nn.ReLU(inplace=True)
             )
             for _ in range(depth)
         )
@@ -84,7 +74,7 @@ class Stack(nn.Module):
         x = self.encoder(x)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = functional.relu(norm(convolution(x, edge_index)))
-        return self.head(global_mean_pool(x, graph))
+        return self.head(pyg.global_mean_pool(x, graph))
 
 
 class Global(nn.Module):
@@ -95,8 +85,8 @@ class Global(nn.Module):
         self.encoder = nn.Linear(FEATURES, width)
         self.bonds = nn.Parameter(torch.randn(width))
         self.layers = nn.ModuleList(
-            GPSConv(
-                width, GINEConv(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))), heads=2
+            pyg.GPSConv(
+                width, pyg.GINEConv(nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))), heads=2
             )
             for _ in range(3)
         )
@@ -107,17 +97,17 @@ class Global(nn.Module):
         bonds = self.bonds.expand(edge_index.shape[1], -1)
         for layer in self.layers:
             x = layer(x, edge_index, graph, edge_attr=bonds)
-        return self.head(global_mean_pool(x, graph))
+        return self.head(pyg.global_mean_pool(x, graph))
 
 
 def pna() -> nn.Module:
     degrees = torch.tensor([0, 0, 4, 8, 16, 16, 8, 8])
     scalers = ["identity", "amplification", "attenuation"]
-    return Stack(*(PNAConv(16, 16, ["mean", "max", "std"], scalers, degrees, towers=2) for _ in range(2)))
+    return Stack(*(pyg.PNAConv(16, 16, ["mean", "max", "std"], scalers, degrees, towers=2) for _ in range(2)))
 
 
 def attentive_fp() -> nn.Module:
-    return models.AttentiveFP(FEATURES, 16, CLASSES, edge_dim=4, num_layers=2, num_timesteps=2)
+    return pyg.AttentiveFP(FEATURES, 16, CLASSES, edge_dim=4, num_layers=2, num_timesteps=2)
 
 
 def attentive_batch() -> Batch:
@@ -136,7 +126,7 @@ class Neighbours(nn.Module):
 
 
 def schnet() -> nn.Module:
-    return models.SchNet(16, 16, num_interactions=2, num_gaussians=10, cutoff=5.0, interaction_graph=Neighbours())
+    return pyg.SchNet(16, 16, num_interactions=2, num_gaussians=10, cutoff=5.0, interaction_graph=Neighbours())
 
 
 CROSS = functional.cross_entropy
@@ -147,25 +137,25 @@ def basic(kind: type[nn.Module], **options: Any) -> nn.Module:
 
 
 ARCHITECTURES = (
-    Architecture("torch_geometric/GCN", "graph", lambda: basic(models.GCN), classes_of_nodes, CROSS, daily=True),
-    Architecture("torch_geometric/GraphSAGE", "graph", lambda: basic(models.GraphSAGE), classes_of_nodes, CROSS),
-    Architecture("torch_geometric/GAT", "graph", lambda: basic(models.GAT, heads=2), classes_of_nodes, CROSS),
-    Architecture("torch_geometric/GIN", "graph", lambda: basic(models.GIN, norm="batch_norm"), classes_of_nodes, CROSS),
-    Architecture("torch_geometric/EdgeCNN", "graph", lambda: basic(models.EdgeCNN), classes_of_nodes, CROSS),
-    Architecture("torch_geometric/GCN, jumping", "graph", lambda: basic(models.GCN, jk="cat"), classes_of_nodes, CROSS),
-    Architecture("torch_geometric/DeepGCN", "graph", Residual, classes_of_nodes, CROSS, daily=True),
+    Architecture("torch_geometric/GCN", "graph", lambda: basic(pyg.GCN), classes_of_nodes, CROSS),
+    Architecture("torch_geometric/GraphSAGE", "graph", lambda: basic(pyg.GraphSAGE), classes_of_nodes, CROSS),
+    Architecture("torch_geometric/GAT", "graph", lambda: basic(pyg.GAT, heads=2), classes_of_nodes, CROSS),
+    Architecture("torch_geometric/GIN", "graph", lambda: basic(pyg.GIN, norm="batch_norm"), classes_of_nodes, CROSS),
+    Architecture("torch_geometric/EdgeCNN", "graph", lambda: basic(pyg.EdgeCNN), classes_of_nodes, CROSS),
+    Architecture("torch_geometric/GCN, jumping", "graph", lambda: basic(pyg.GCN, jk="cat"), classes_of_nodes, CROSS),
+    Architecture("torch_geometric/DeepGCN", "graph", Residual, classes_of_nodes, CROSS),
     Architecture("torch_geometric/PNA", "graph", pna, classes_of_graphs, CROSS),
     Architecture(
         "torch_geometric/GATv2",
         "graph",
-        lambda: Stack(*(GATv2Conv(16, 8, heads=2) for _ in range(3))),
+        lambda: Stack(*(pyg.GATv2Conv(16, 8, heads=2) for _ in range(3))),
         classes_of_graphs,
         CROSS,
     ),
     Architecture(
         "torch_geometric/TransformerConv",
         "graph",
-        lambda: Stack(*(TransformerConv(16, 8, heads=2, beta=True) for _ in range(3))),
+        lambda: Stack(*(pyg.TransformerConv(16, 8, heads=2, beta=True) for _ in range(3))),
         classes_of_graphs,
         CROSS,
     ),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from monai.networks import nets
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.architecture import Architecture
+from zoo.architecture import Architecture, Library
 
+nets = Library("monai.networks.nets")
 Batch = tuple[Any, Any]
 
 
@@ -121,7 +121,7 @@ def reconstructed() -> Batch:
 
 
 ARCHITECTURES = (
-    Architecture("monai/UNet", "medical", unet, volume, voxelwise, daily=True),
+    Architecture("monai/UNet", "medical", unet, volume, voxelwise),
     Architecture("monai/BasicUNet", "medical", basic_unet, large, voxelwise),
     Architecture("monai/BasicUNetPlusPlus", "medical", nested_unet, plane, voxelwise),
     Architecture("monai/AttentionUnet", "medical", attention_unet, plane, voxelwise),

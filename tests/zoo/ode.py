@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torchdiffeq
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from zoo.architecture import Architecture
+from zoo.architecture import Architecture, Library
 
+torchdiffeq = Library("torchdiffeq")
 Batch = tuple[Any, Any]
 MSE = functional.mse_loss
 
@@ -141,7 +141,7 @@ def all_alike(outputs: Tensor, target: Tensor) -> Tensor:
 
 ARCHITECTURES = (
     Architecture("torchdiffeq/dopri5", "ode", lambda: NeuralODE("dopri5"), spirals, MSE),
-    Architecture("torchdiffeq/rk4", "ode", lambda: NeuralODE("rk4"), spirals, MSE, daily=True),
+    Architecture("torchdiffeq/rk4", "ode", lambda: NeuralODE("rk4"), spirals, MSE),
     Architecture("torchdiffeq/adjoint", "ode", lambda: NeuralODE("dopri5", adjoint=True), spirals, MSE),
     Architecture("torchdiffeq/between layers", "ode", Between, spirals, MSE),
     Architecture("by hand/Euler", "ode", Euler, spirals, MSE),

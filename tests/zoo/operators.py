@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from e3nn import nn as gated, o3
-from e3nn.math import soft_one_hot_linspace
-from e3nn.nn.models.gate_points_2101 import Convolution
-from neuralop import models
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.architecture import Architecture
+from zoo.architecture import Architecture, Library
 
+gated, o3, points_of = Library("e3nn.nn"), Library("e3nn.o3"), Library("e3nn.nn.models.gate_points_2101")
+models = Library("neuralop.models")
 Batch = tuple[Any, Any]
 MSE = functional.mse_loss
 
@@ -90,14 +88,17 @@ class Messages(nn.Module):
         super().__init__()
         self.harmonics = o3.Irreps.spherical_harmonics(2)
         inner = o3.Irreps("8x0e + 4x1o")
-        self.first = Convolution(o3.Irreps("4x0e"), o3.Irreps("1x0e"), self.harmonics, inner, 8, 1, 16, 7.0)
-        self.second = Convolution(inner, o3.Irreps("1x0e"), self.harmonics, o3.Irreps("4x0e"), 8, 1, 16, 7.0)
+        self.first = points_of.Convolution(o3.Irreps("4x0e"), o3.Irreps("1x0e"), self.harmonics, inner, 8, 1, 16, 7.0)
+        self.second = points_of.Convolution(inner, o3.Irreps("1x0e"), self.harmonics, o3.Irreps("4x0e"), 8, 1, 16, 7.0)
 
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         source, target = (~torch.eye(len(places), dtype=torch.bool)).nonzero().T
         vectors = places[source] - places[target]
         harmonics = o3.spherical_harmonics(self.harmonics, vectors, normalize=True, normalization="component")
-        lengths = soft_one_hot_linspace(vectors.norm(dim=1), 0.0, 4.0, 8, basis="smooth_finite", cutoff=True) * 8**0.5
+        lengths = (
+            points_of.soft_one_hot_linspace(vectors.norm(dim=1), 0.0, 4.0, 8, basis="smooth_finite", cutoff=True)
+            * 8**0.5
+        )
         attributes = x.new_ones(len(x), 1)
         x = self.first(x, attributes, source, target, harmonics, lengths)
         return self.second(x, attributes, source, target, harmonics, lengths)
@@ -188,14 +189,14 @@ def kan() -> nn.Module:
 
 
 ARCHITECTURES = (
-    Architecture("neuralop/FNO", "operator", fno, fields, MSE, daily=True),
+    Architecture("neuralop/FNO", "operator", fno, fields, MSE),
     Architecture("neuralop/FNO, one dimension", "operator", fno_of_lines, lines, MSE),
     Architecture("neuralop/TFNO", "operator", tfno, fields, MSE),
     Architecture("neuralop/UNO", "operator", uno, fields, MSE),
     Architecture("by hand/DeepONet", "operator", DeepONet, integrals, MSE),
-    Architecture("e3nn/tensor products", "equivariant", Equivariant, directions, MSE, daily=True),
+    Architecture("e3nn/tensor products", "equivariant", Equivariant, directions, MSE),
     Architecture("e3nn/point clouds", "equivariant", Messages, points, MSE),
-    Architecture("by hand/SIREN", "coordinates", siren, coordinates, MSE, daily=True),
+    Architecture("by hand/SIREN", "coordinates", siren, coordinates, MSE),
     Architecture("by hand/Fourier features", "coordinates", FourierFeatures, coordinates, MSE),
     Architecture("by hand/KAN", "coordinates", kan, coordinates, MSE),
 )

@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import wheels
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.architecture import Architecture
+from zoo.architecture import Architecture, Library
 
-wheels.import_all()
-from torchaudio import models  # noqa: E402 - importable from now on
+models = Library("torchaudio.models")
 
 Batch = tuple[Any, Any]
 LETTERS = 12
@@ -162,7 +160,7 @@ MSE = functional.mse_loss
 
 ARCHITECTURES = (
     Architecture("torchaudio/Tacotron2", "speech", tacotron, spoken, frames_before_and_after),
-    Architecture("torchaudio/Conformer", "speech", conformer, sequences, first_of_both, daily=True),
+    Architecture("torchaudio/Conformer", "speech", conformer, sequences, first_of_both),
     Architecture("torchaudio/Emformer", "speech", emformer, sequences, first_of_both),
     Architecture("torchaudio/DeepSpeech", "speech", deepspeech, spectra, frames_of),
     Architecture("torchaudio/ConvTasNet", "speech", convtasnet, mixture, MSE),
