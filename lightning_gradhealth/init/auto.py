@@ -33,6 +33,7 @@ from lightning_gradhealth.init.surroundings import (
     what_follows,
 )
 from lightning_gradhealth.init.tables import biases_scores, reaches_norm, tied_tables
+from lightning_gradhealth.init.transforms import moment_before_transform
 from lightning_gradhealth.sharding import is_sharded
 from lightning_gradhealth.tracing import Graph, Station, Trace, TraceError, trace
 
@@ -222,6 +223,7 @@ class _Adviser:
         target = self._target(index, after)
         shares = before.averages or _SHARES & set(before.operations)  # averages and shares are meant to be small
         moment = max(before.moment, 1.0) if shares else before.moment
+        transformed = moment_before_transform(self._graph, self._replayer, station, self._passage)
         known = math.isfinite(moment) and moment > 1e-12
         gain = math.sqrt(target / moment) if known else 1.0
         found = how_found(before, after)
@@ -229,13 +231,15 @@ class _Adviser:
             found = "assumed"
         if self._fixed is not None:
             gain, found = self._fixed, "given"
+        elif transformed is not None:
+            gain = max(transformed, 1e-12) ** -0.5
         if self._is_output(index, after):
             gain, found = output_gain(self._replayer.passage(station.reads[0], index)), "output"
         scheme = scheme_for(before, after, gain)
         if index in self._critical and self._fixed is None and found != "output":
             gain, found = self._critical[index], "edge of chaos"
             scheme = "delta_orthogonal" if "conv" in self._trace.events[index].name else "orthogonal"
-        if found in ("given", "output", "edge of chaos"):
+        if found in ("given", "output", "edge of chaos") or transformed is not None:
             target = gain * gain * moment
         self._stds[index] = math.sqrt(target)
         advice = Advice(

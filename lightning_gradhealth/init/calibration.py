@@ -144,6 +144,8 @@ class _Pass:
         chosen = {owned.name: (owned, std) for owned, std in filter(None, known)}
         if len(chosen) > 1:
             self.left.update(dict.fromkeys(chosen, "one of several parameters that make one weight"))
+        elif outputs[0].is_complex():
+            self.left.update(dict.fromkeys(chosen, "it gives complex numbers, whose scale a transform may undo"))
         elif chosen and not self.stds.keys() & chosen.keys():  # a second use reads what the first has settled
             ((owned, std),) = chosen.values()
             self._settle(owned, std, outputs[0], _bias(trace, station, given))

@@ -224,8 +224,9 @@ class _Numbers(dict[int, Tensor]):
         parameter = self._parameters[value]
         seed = 2 * list(self._parameters).index(value) + self._rms
         generator = torch.Generator("cpu").manual_seed(seed)
-        if parameter.is_floating_point():
-            numbers = torch.randn(parameter.shape, generator=generator, device="cpu")
+        if parameter.is_floating_point() or parameter.is_complex():
+            kind = torch.complex64 if parameter.is_complex() else torch.float32
+            numbers = torch.randn(parameter.shape, generator=generator, device="cpu", dtype=kind)
             self[value] = self._rms * numbers / math.sqrt(max(_mean_square(numbers), 1e-12))
         else:
             bits = torch.randint(0, 2, parameter.shape, generator=generator, device="cpu")
@@ -240,7 +241,8 @@ class _Composer:
         self._replayer, self._graph, self._station = replayer, graph, station
         self._parameters = {value: graph.trace.parameters[value] for value in station.parameters}
         self._noise = _Numbers(self._parameters, 1)
-        trained = [v for v, p in self._parameters.items() if p.is_floating_point() and p.requires_grad]
+        numbers = [v for v, p in self._parameters.items() if p.is_floating_point() or p.is_complex()]
+        trained = [v for v in numbers if self._parameters[v].requires_grad]
         zeros = [v for v in trained if self._parameters[v].dim() > 1 and is_zero(self._parameters[v])]
         # where all are 0, nobody has meant anything by it
         self._zeros = frozenset(zeros) if len(zeros) < len(self._parameters) else frozenset()
@@ -358,7 +360,7 @@ class _Composer:
     def _weight(self, values: Mapping[int, Tensor]) -> Tensor:
         """The weight for some values of parameters, others as they are."""
         weight = self._replayer.weight(self._station, {value: numbers.clone() for value, numbers in values.items()})
-        return torch.nan_to_num(weight, nan=0.0, posinf=0.0, neginf=0.0)  # as of the root of a negative number
+        return torch.where(weight.isfinite(), weight, torch.zeros(()))  # else as of the root of a negative number
 
     def _part(self, value: int, drawn: Sequence[int]) -> Tensor:
         """What a parameter contributes to the weight: the part that changes its sign with it.
@@ -395,7 +397,8 @@ class _Composer:
         leaf = self._noise[value].clone().requires_grad_()
         with torch.enable_grad():
             weight = self._weight({**{each: self._noise[each] for each in drawn}, value: leaf})
-            (slope,) = torch.autograd.grad(weight.flatten()[largest], leaf, allow_unused=True)
+            one = weight.flatten()[largest]
+            (slope,) = torch.autograd.grad(one, leaf, torch.ones_like(one), allow_unused=True)
         return slope is not None and int((slope.abs() > SAME * slope.abs().max()).sum()) > 1
 
 
@@ -407,4 +410,4 @@ def _term(drawn: Sequence[int], part: Tensor, reached: Tensor) -> Term:
 
 
 def _mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean())
+    return float(values.abs().double().square().mean())

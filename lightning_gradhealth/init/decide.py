@@ -62,9 +62,7 @@ def _why_left(owned: Owned, skip: Sequence[re.Pattern[str]]) -> tuple[str, str] 
     values = owned.parameter
     if any(pattern.fullmatch(name) for pattern in skip for name in owned.all_names):
         return "skipped", ""
-    if values.is_complex():
-        return "uncovered", "complex numbers: no scheme here draws them"
-    if not values.is_floating_point():
+    if not (values.is_floating_point() or values.is_complex()):
         return "integer", f"{values.dtype}: initialise before quantising"
     if not all(original.requires_grad for original in owned.originals.values()):
         return "frozen", ""

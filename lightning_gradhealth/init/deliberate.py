@@ -22,7 +22,11 @@ def biases_on_purpose(graph: Graph) -> frozenset[int]:
     found = set()
     for value, station in graph.biases.items():
         bias = graph.trace.parameters[value].detach()
-        if _is_readable(bias) and bool((bias.square() * graph.stations[station].fan_in > 1.01).all()):
+        if (
+            _is_readable(bias)
+            and not bias.is_complex()
+            and bool((bias.square() * graph.stations[station].fan_in > 1.01).all())
+        ):
             one_side = bool((bias > 0).all()) or bool((bias < 0).all())
             found.update([value] if one_side else [])
     return frozenset(found)
@@ -59,7 +63,7 @@ def is_zero(tensor: Tensor) -> bool:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and tensor.numel() > 0
+    return (tensor.is_floating_point() or tensor.is_complex()) and not tensor.is_meta and tensor.numel() > 0
 
 
 def second_of_pair(graph: Graph, replayer: Replayer, index: int) -> bool:

@@ -16,7 +16,7 @@ def orthogonal_(tensor: Tensor, *, generator: torch.Generator | None = None) -> 
     """Fill a matrix in place with a random one whose singular values are all 1.
 
     Args:
-        tensor: Shape (rows, columns), of any floating dtype.
+        tensor: Shape (rows, columns), of any floating or complex dtype.
         generator: Where the random numbers come from; None: torch's default generator.
 
     Returns:
@@ -40,7 +40,7 @@ def orthogonal_(tensor: Tensor, *, generator: torch.Generator | None = None) -> 
     numbers = torch.empty((long, short), dtype=drawing_dtype(tensor), device=device)
     with torch.no_grad():
         q, r = torch.linalg.qr(numbers.normal_(generator=generator))
-        q *= r.diagonal().sign()
+        q *= r.diagonal().sgn()  # of complex numbers: unitary
         return tensor.copy_(q if tensor.shape == q.shape else q.T)
 
 

@@ -135,7 +135,7 @@ def target_of(owned: Owned, blocks: Sequence[Block], advice: Mapping[int, Advice
 
 
 def _rms(values: Tensor) -> float:
-    return float(values.detach().double().square().mean().sqrt()) if values.numel() else 0.0
+    return float(values.detach().abs().double().square().mean().sqrt()) if values.numel() else 0.0
 
 
 def _unreadable(tensor: Tensor) -> bool:
@@ -144,9 +144,9 @@ def _unreadable(tensor: Tensor) -> bool:
 
 def _measured(block: Block, values: Tensor | None) -> InitEntry:
     part = None if values is None else block.part(values)
-    if part is None or part.numel() < 2 or not part.is_floating_point():
+    if part is None or part.numel() < 2 or not (part.is_floating_point() or part.is_complex()):
         return block.entry
-    precise = part if part.dtype is torch.float64 else part.float()
+    precise = part if part.dtype is torch.float64 or part.is_complex() else part.float()
     return replace(block.entry, measured_std=float(precise.std()))
 
 

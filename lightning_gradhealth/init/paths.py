@@ -235,6 +235,8 @@ class Run:
 def noise(path: Path, source: int, value: int, draws: int, generator: torch.Generator) -> Tensor:
     """Normal numbers, shape (draws, *shape of the value); those of one channel at several positions are correlated."""
     shape, std = path.trace.shapes[value], path.stds.get(source, 1.0)
+    if path.trace.dtypes[value].is_complex:
+        return std * torch.randn((draws, *shape), generator=generator, device=_CPU, dtype=torch.complex64)
     numbers = _normal((draws, *shape), generator)
     channel = _channel_axis(path.graph, source)
     if channel is None or len(shape) < 3 or path.averages():  # what attention averages is followed apart

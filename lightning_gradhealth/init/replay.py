@@ -155,7 +155,8 @@ class Replayer:
             return None
         shape = self._trace.shapes[parameter]
         generator = torch.Generator("cpu").manual_seed(0)
-        numbers = torch.randn(shape, generator=generator, device="cpu")
+        kind = torch.complex64 if self._trace.parameters[parameter].is_complex() else torch.float32
+        numbers = torch.randn(shape, generator=generator, device="cpu", dtype=kind)
         try:
             with torch.no_grad():
                 once, twice = (self.weight(station, {parameter: factor * numbers}) for factor in (1.0, 2.0))
@@ -237,7 +238,7 @@ class Replayer:
         }
         with torch.enable_grad():
             values = self._run_all(path, leaves)
-            cotangent = torch.randn(values.shape, generator=generator, device="cpu")
+            cotangent = torch.randn(values.shape, generator=generator, device="cpu", dtype=values.dtype)
             found = torch.autograd.grad(values, list(leaves.values()), cotangent, allow_unused=True)
         slopes = dict.fromkeys(path.sources, 0.0)
         for source in slopes:
@@ -314,7 +315,7 @@ def _quiet_fallbacks() -> Iterator[None]:
 
 
 def _mean_square(values: Tensor) -> float:
-    return float(values.double().square().mean())
+    return float(values.abs().double().square().mean())
 
 
 def _renamed(passage: Passage, path: Path) -> Passage:

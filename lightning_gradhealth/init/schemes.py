@@ -66,10 +66,10 @@ def variance_scaling_(
 
     The numbers are drawn in float32 (float64 for a float64 tensor), in row-major order and, with a
     generator, on its device: the same generator gives a bfloat16, a channels-last or a GPU tensor the same
-    numbers, rounded.
+    numbers, rounded. Of complex numbers `std^2` is the mean of `|w|^2`: each part has half of it.
 
     Args:
-        tensor: The weight, of any floating dtype; with fewer than two axes give the fan.
+        tensor: The weight, of any floating or complex dtype; with fewer than two axes give the fan.
         gain: The gain; None: that of `nonlinearity`.
         nonlinearity: The activation that follows: a name, a module or an elementwise function; None: linear.
         gamma: A factor on the gain.
@@ -87,7 +87,7 @@ def variance_scaling_(
 
     Raises:
         ValueError: An argument is out of range, the fans cannot be told, or the tensor cannot be filled
-            (meta, uninitialised, sharded, not floating, complex).
+            (meta, uninitialised, sharded, neither floating nor complex).
 
     Example:
         >>> weight = variance_scaling_(torch.empty(256, 1024), nonlinearity="relu")
@@ -110,11 +110,16 @@ def variance_scaling_(
 
 def drawing_dtype(tensor: Tensor) -> torch.dtype:
     """The precision in which numbers for `tensor` are drawn: the same for float32 and all below."""
+    if tensor.is_complex():
+        return torch.complex128 if tensor.dtype is torch.complex128 else torch.complex64
     return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 def _standard_(numbers: Tensor, distribution: str, generator: torch.Generator | None) -> Tensor:
-    """Fill with numbers of mean 0 and standard deviation 1."""
+    """Fill with numbers of mean 0 and mean square 1; of complex ones each part has half of it."""
+    if numbers.is_complex():
+        _standard_(torch.view_as_real(numbers), distribution, generator).div_(math.sqrt(2))
+        return numbers
     if distribution == "uniform":
         return numbers.uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
     numbers.normal_(generator=generator)
@@ -179,15 +184,13 @@ def check_generator(generator: Any) -> None:
 
 
 def check_fillable(tensor: Tensor) -> None:
-    """Raise unless random real numbers can be written into `tensor`."""
+    """Raise unless random numbers can be written into `tensor`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(wrong("tensor", "a torch.Tensor", tensor, "pass module.weight"))
     if (reason := why_not_whole(tensor)) is not None:
         raise ValueError(f"tensor must hold its values, but it {reason}")
-    if tensor.is_complex():
-        raise ValueError(f"tensor must be real, got {tensor.dtype}; fill real and imaginary part by themselves")
-    if not tensor.is_floating_point():
-        raise ValueError(f"tensor must be floating, got {tensor.dtype}; initialise before quantising")
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"tensor must be floating or complex, got {tensor.dtype}; initialise before quantising")
 
 
 class Scaling(TypedDict, total=False):

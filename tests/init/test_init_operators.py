@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_gradhealth as gh
+from lightning_gradhealth.init.orthogonal import orthogonal_
 from lightning_gradhealth.tracing import Graph, trace
 from lightning_gradhealth.tracing.probe import use_of
 
@@ -220,3 +221,90 @@ def test_random_numbers_are_as_before():
     state = torch.get_rng_state()
     gh.plan_init(model, torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0)), seed=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- complex numbers ---
+
+
+@pytest.mark.parametrize("distribution", ["normal", "uniform", "truncated_normal"])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_each_part_of_complex_numbers_has_half_of_the_variance(distribution, dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.empty(200, 100, dtype=dtype)
+    gh.variance_scaling_(weight, distribution=distribution, generator=generator)
+    for part in (weight.real, weight.imag):
+        assert float(part.square().mean()) * 100 == pytest.approx(0.5, rel=0.05)
+        bound = {"normal": math.inf, "uniform": math.sqrt(3), "truncated_normal": 2 / 0.8796}[distribution]
+        assert float(part.abs().max()) <= bound / math.sqrt(200)
+    assert abs(complex((weight.real * weight.imag).mean())) < 1e-3
+
+
+def test_complex_orthogonal_matrices_are_unitary():
+    weight = orthogonal_(torch.empty(4, 6, dtype=torch.complex64))
+    assert torch.allclose(weight @ weight.mH, torch.eye(4, dtype=torch.complex64), atol=1e-5)
+
+
+CHANNELS, SIZE, MODES = 32, 16, 5
+
+
+class Spectral(nn.Module):
+    """A Fourier layer: a matrix of channels for each of the lowest modes."""
+
+    def __init__(self, norm, parts=False):
+        super().__init__()
+        self.norm, self.parts = norm, parts
+        shape = (CHANNELS, CHANNELS, MODES)
+        self.weight = table(*shape, 2) if parts else table(*shape, dtype=torch.complex64)
+        self.skip = nn.Conv1d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x):
+        spectrum = torch.fft.rfft(x, norm=self.norm)
+        weight = torch.view_as_complex(self.weight) if self.parts else self.weight
+        low = torch.einsum("bim,iom->bom", spectrum[..., :MODES], weight)
+        out = torch.zeros_like(spectrum)
+        out[..., :MODES] = low
+        return torch.fft.irfft(out, n=x.shape[-1], norm=self.norm) + self.skip(x)
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["complex", "two real parts"])
+@pytest.mark.parametrize("norm", ["forward", "backward", "ortho"])
+def test_weights_of_fourier_layers_keep_the_scale_of_the_modes(norm, parts):
+    first, second = Spectral(norm, parts), Spectral(norm, parts)
+    model = nn.Sequential(first, nn.GELU(), second)
+    report = gh.init_weights(model, torch.randn(4, CHANNELS, SIZE), seed=0)
+    assert not report.uncovered
+    for layer, gain in ((first, 1.0), (second, gh.gain("gelu"))):
+        weight = layer.weight.detach()
+        square = weight.square().sum(-1).mean() if parts else weight.abs().square().mean()
+        assert float(square) * CHANNELS == pytest.approx(gain**2, rel=0.06)
+    smooth = torch.cos(torch.arange(SIZE) * 2 * math.pi / SIZE) * math.sqrt(2) * torch.randn(64, CHANNELS, 1)
+    with torch.no_grad():
+        given = first(smooth) - first.skip(smooth)
+    assert float(given.square().mean()) == pytest.approx(1, rel=0.25)
+
+
+def test_factors_of_a_complex_weight_make_one_of_the_right_scale():
+    def make(self):
+        return torch.einsum("ir,or,mr->iom", self.ins, self.outs, self.modes)
+
+    def call(self, x):
+        spectrum = torch.fft.rfft(x, norm="forward")
+        low = torch.einsum("bim,iom->bom", spectrum[..., :MODES], make(self))
+        return torch.fft.irfft(F.pad(low, (0, spectrum.shape[-1] - MODES)), n=SIZE, norm="forward")
+
+    sizes = {"ins": CHANNELS, "outs": CHANNELS, "modes": MODES}
+    model = Calls(call, **{name: table(size, 8, dtype=torch.complex64) for name, size in sizes.items()})
+    report = gh.init_weights(model, torch.randn(4, CHANNELS, SIZE), seed=0)
+    assert not report.uncovered
+    assert {entry.rule for entry in report.entries} == {"traced"}
+    with torch.no_grad():
+        assert float(make(model).abs().square().mean()) * CHANNELS == pytest.approx(1, rel=0.5)
+
+
+def test_calibration_leaves_complex_weights_as_drawn():
+    model = Spectral("forward")
+    batch = torch.randn(8, CHANNELS, SIZE)
+    drawn = gh.init_weights(model, batch, seed=0).entries[0].measured_std
+    report = gh.init_weights(model, batch, seed=0, calibrate=batch)
+    assert report.entries[0].measured_std == drawn
+    assert "complex numbers" in report.entries[0].note

@@ -117,12 +117,15 @@ def test_what_is_computed_from_a_parameter_before_it_is_added_is_no_bias():
     assert entry(report, "log_scale").rule == "state"
 
 
-def test_complex_layers_are_listed():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
+def test_complex_layers_are_drawn():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64, dtype=torch.complex64))
     model.forward = lambda x: model[1](model[0](x).to(torch.complex64)).abs()
-    with pytest.warns(UserWarning, match="complex numbers"):
-        report = init_weights(model, torch.randn(2, 4), seed=0)
-    assert set(report.uncovered) == {"1.weight", "1.bias"}
+    report = init_weights(model, torch.randn(2, 64), seed=0)
+    assert not report.uncovered
+    weight = model[1].weight.detach()
+    assert float(weight.abs().square().mean()) * 64 == pytest.approx(1, rel=0.05)
+    assert entry(report, "1.weight").measured_std == pytest.approx(1 / 8, rel=0.05)
+    assert not model[1].bias.any()
 
 
 # --- scales ---
