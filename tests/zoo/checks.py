@@ -33,7 +33,7 @@ RATE = 1e-3
 WITHIN = 1.5  # of the library's own final loss, in nearly all
 NEVER = 3.0
 SECONDS = 30.0  # of CPU that `init_weights` and `diagnose` may take
-LIMIT = 150.0  # of CPU, after which a check is given up
+LIMIT = 300.0  # of CPU, after which a check is given up
 
 
 @dataclass(frozen=True)
