@@ -1,6 +1,6 @@
 """What an inhabitant of the zoo is: a model, a batch, a loss.
 
-A module of this folder exports `ARCHITECTURES: tuple[Architecture, ...]` and imports its libraries only inside of what
+A module of `families` exports `ARCHITECTURES: tuple[Architecture, ...]` and imports its libraries only inside of what
 builds a model, so that names can be listed without them.
 """
 

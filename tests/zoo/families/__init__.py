@@ -1,0 +1,1 @@
+"""Where the architectures are: a module for each kind, which exports `ARCHITECTURES: tuple[Architecture, ...]`."""
