@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -156,6 +157,8 @@ class _Adviser:
         self._stds: dict[int, float] = {}  # what each station's output is meant to have
         self._scales: dict[int, float] = {}  # what the forward pass multiplies a weight by, where it does
         self._sequences: dict[int, list[Tensor]] = {}
+        self._simulated: dict[tuple[int, int, int], list[Tensor]] = {}
+        self._calls: Counter[str] = Counter()
         self._parametrized = {id(original) for original in originals(model)}
         self._compositions: dict[int, Composition] = {}  # of the weights that are made of several parameters
         self._roles: dict[Any, Roles] = {}  # of these parameters, by how the weight is made
@@ -196,8 +199,9 @@ class _Adviser:
                 " parameters in overrides="
             )
         if any(advice.found == "assumed" for advice in self._advice.values()):
+            why = f" ({self._replayer.left} paths are too long)" if self._replayer.left else ""
             notes.append(
-                "some gains are assumed, as what they rest on could not be replayed: a smaller sample may help"
+                f"some gains are assumed, as what they rest on could not be replayed{why}: a smaller sample may help"
             )
         if self._residual != "none" and not self._factors:
             notes.append(f"residual={self._residual!r}: no residual branch was found")
@@ -308,7 +312,11 @@ class _Adviser:
     def _unit(self, index: int, station: Station) -> None:
         module = self._trace.modules[self._trace.events[index].module]
         moment = self._passage(station.reads[0], index).moment if station.reads else 1.0
-        self._sequences[index] = simulate(module, self._steps(index, module), self._drive(index, station))
+        steps, drive = self._steps(index, module), self._drive(index, station)
+        key = id(module), steps, id(drive)  # a cell is called at every step
+        if key not in self._simulated:
+            self._simulated[key] = simulate(module, steps, drive)
+        self._sequences[index] = self._simulated[key]
         layers = self._layers(index)
         self._stds[index] = layers[-1] ** 0.5
         for value in station.parameters:
@@ -336,7 +344,9 @@ class _Adviser:
         """Length of the sequences that a recurrent layer reads; of a cell, how often it is called."""
         if isinstance(module, nn.RNNCellBase):
             path = self._trace.events[index].module
-            return sum(self._trace.events[other].module == path for other in self._graph.stations)
+            if not self._calls:
+                self._calls.update(self._trace.events[other].module for other in self._graph.stations)
+            return self._calls[path]
         reads = self._graph.stations[index].reads
         shape = self._trace.shapes[reads[0]] if reads else (1,)
         return shape[1 if getattr(module, "batch_first", False) and len(shape) == 3 else 0]
@@ -377,7 +387,7 @@ class _Adviser:
         """What the signal passes on its way to each of its readers, at unit variance; the model's outputs last."""
         near = [self._replayer.passage(value, reader) for reader, value in self._graph.consumers[index]]
         end = len(self._trace.events)
-        far = [self._replayer.passage(v, end) for v, sources in self._graph.final.items() if index in sources]
+        far = [self._replayer.passage(value, end) for value in self._graph.ends.get(index, ())]
         return near + far
 
     def _target(self, index: int, after: list[Passage]) -> float:

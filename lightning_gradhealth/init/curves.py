@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -52,16 +53,40 @@ def _interpolated(curve: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
     return curve[above - 1] + slope * (at - z[above - 1]), slope
 
 
+@functools.cache
+def _hermite() -> Tensor:
+    """Hermite polynomials, normalised, with the weights of an integral, shape (orders, nodes)."""
+    z, weight = normal_nodes()
+    rows, before, now = [], torch.zeros_like(z), torch.ones_like(z)
+    for order in range(ORDERS):
+        rows.append(now * weight)
+        before, now = now, (z * now - math.sqrt(order) * before) / math.sqrt(order + 1)
+    return torch.stack(rows)
+
+
 def correlated(curve: Tensor, correlation: float) -> float:
     """The correlation (about 0) of f(a) with f(b) for standard normal a and b that are correlated.
 
     Source: Mehler's formula, by which E[f(a) f(b)] is the sum of c_n^2 correlation^n over f's Hermite coefficients.
     """
-    z, weight = normal_nodes()
-    before, now = torch.zeros_like(z), torch.ones_like(z)  # Hermite polynomials, normalised
-    covered = total = 0.0
-    for order in range(ORDERS):
-        square = float((curve * now * weight).sum()) ** 2
-        covered, total = covered + square * correlation**order, total + square
-        before, now = now, (z * now - math.sqrt(order) * before) / math.sqrt(order + 1)
+    squares = (_hermite() @ curve).square()
+    powers = torch.tensor(correlation, dtype=squares.dtype) ** torch.arange(ORDERS)
+    covered, total = float((squares * powers).sum()), float(squares.sum())
     return covered / total if total > 0 else correlation
+
+
+def sensitivity(curve: Tensor) -> float:
+    """chi_q, by how many percent E[f(s z)^2] grows where s^2 grows by one: (E[z^2 f^2] / E[f^2] - 1) / 2 (Stein).
+
+    Args:
+        curve: f(s z) at `normal_nodes()`.
+
+    Example:
+        >>> z, _ = normal_nodes()
+        >>> round(sensitivity(z.relu()), 6), round(sensitivity(z.tanh()), 3)
+        (1.0, 0.461)
+    """
+    z, weight = normal_nodes()
+    density = curve.square() * weight
+    total = float(density.sum())
+    return (float((z.square() * density).sum()) / total - 1) / 2 if total > 0 else 1.0

@@ -186,17 +186,19 @@ def name_of(curve: Tensor) -> str:
     below, above = (float((curve / z)[part].mean()) for part in (z < 0, z > 0))
     if bool(torch.allclose(curve, torch.where(z > 0, above * z, below * z), atol=1e-9)) and above == 1:
         return {0.0: "relu", 1.0: "linear"}.get(below, f"leaky_relu({below:.3g})")
-    for name in _NAMED:
-        if name not in ("rrelu", "prelu") and bool(torch.allclose(curve, _named_curve(name), atol=1e-9)):
+    some = slice(None, None, 97)  # what differs does so nearly everywhere
+    for name, values in _named_curves().items():
+        near = values[some].sub(curve[some]).abs_().max() <= 1e-2
+        if near and bool(torch.allclose(curve, values, atol=1e-9)):
             return name
     return "gelu" if bool(torch.allclose(curve, nn.functional.gelu(z), atol=2e-3)) else ""
 
 
 @functools.cache
-def _named_curve(name: str) -> Tensor:
+def _named_curves() -> dict[str, Tensor]:
     with torch.no_grad(), torch.device("cpu"):
-        values: Tensor = _NAMED[name]()(normal_nodes()[0].clone())
-        return values
+        z = normal_nodes()[0]
+        return {name: make()(z.clone()) for name, make in _NAMED.items() if name not in ("rrelu", "prelu")}
 
 
 @functools.cache

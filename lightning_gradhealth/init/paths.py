@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lightning_gradhealth.tracing import INPUT, VIEWS, Event, Graph, Ref, Station
 
 MANY = 1 << 17  # numbers that need no better order than a random one
+LONGEST = 1 << 12  # operations of a path that is replayed
 CORRELATION = 0.5  # of neighbouring positions: within a factor of 2 of both extremes, whatever is pooled
 _CPU = torch.device("cpu")  # one place, so that the gains are the same to the last bit
 PRODUCTS = {"mm", "bmm", "baddbmm"}
@@ -28,12 +29,15 @@ class Path:
     def __init__(self, graph: Graph, value: int, at: int, stds: dict[int, float]) -> None:
         self.graph, self.trace = graph, graph.trace
         self.value = value
-        self.events, self.sources = graph.between(value, at)
+        self.events, self.sources = graph.between(value, at, LONGEST)
         self.stds = {source: std for source, std in stds.items() if source in self.sources and std != 1.0}
         self.order = sorted(self.sources)
+        self.runs = 0
+        self.filled: set[int] = set()  # memory that the signal is written into
         self._live = {self.trace.base[value] for source in self.sources for value in self.begins(source)}
         for index in self.events:
             if self.is_live(self.trace.events[index]):
+                self.filled.update(self.trace.base[value] for value in self.trace.events[index].writes)
                 self._live.update(self.trace.base[value] for value in self.trace.events[index].outputs)
 
     def is_live(self, event: Event) -> bool:
@@ -78,8 +82,10 @@ class Path:
         found = 0
         for index in self.events:
             event = self.trace.events[index]
-            active = [value for value in event.reads if self.graph.sources(value, index)]
-            if event.name in PRODUCTS and len(active) > 1:
+            if event.name not in PRODUCTS:
+                continue
+            active = [value for value in event.reads if self.graph.state(value, index).sources]
+            if len(active) > 1:
                 found = self.trace.shapes[active[-2]][-1]
         return found
 
@@ -127,18 +133,13 @@ class Path:
                 parts += [("input", local(value)) for value in self.trace.inputs]
                 continue
             event = self.trace.events[index]
-            outputs = tuple(local(value) for value in event.outputs)
+            outputs = tuple(map(local, event.outputs))
             if index in self.sources:
                 station = self.graph.stations[index]
                 biases = tuple(local(value) for value in station.bias if value in self.graph.kept)
                 parts.append(("source", outputs, self.stds.get(index, 1.0), _channel_axis(self.graph, index), biases))
                 continue
-            arguments = tree_map(
-                lambda leaf: local(leaf.value) if isinstance(leaf, Ref) else repr(leaf),
-                (event.args, event.kwargs),
-                is_leaf=lambda part: isinstance(part, Ref),
-            )
-            parts.append((str(event.func), repr(arguments), outputs))
+            parts.append((event.form, tuple(map(local, event.reads)), outputs))
         return (*parts, local(self.value))
 
     def _fingerprint(self, tensor: Tensor) -> Any:
@@ -156,50 +157,72 @@ class WeightPath(Path):
         self.graph, self.trace = graph, graph.trace
         self.value = -1 if station.operand is None else station.operand
         self.events, self.sources, self.stds, self.order, self._live = events, frozenset(), {}, [], set()
+        self.runs, self.filled = 0, set()
 
 
 class Run:
-    """One execution of a path."""
+    """One execution of a path.
 
-    def __init__(self, path: Path, dtype: torch.dtype, given: Callable[[int], Tensor], *, flat: bool = False) -> None:
+    Args:
+        path: The path.
+        dtype: The precision.
+        given: The signals that it begins with, by value.
+        flat: Everything is a function of one number, whatever its shape.
+        zero: A 0 that depends on the signals, for all draws at once: memory that they are written into must, too.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype,
+        given: Callable[[int], Tensor],
+        *,
+        flat: bool = False,
+        zero: Tensor | None = None,
+    ) -> None:
+        self._zero = zero
         self._path, self._trace, self._graph = path, path.trace, path.graph
         self._dtype, self._given, self._flat = dtype, given, flat
         self._values: dict[int, Any] = {}
 
     def result(self, known: Mapping[int, Tensor] | None = None) -> Tensor:
         """The value at the end of the path, where some values are given."""
+        self._path.runs += 1
         self._values.update(known or {})
         for index in sorted({*self._path.events, *self._path.sources}):
             if index in self._path.sources:
                 self._values.update((value, self._given(value)) for value in self._path.begins(index))
             else:
-                self._execute(index, self._trace.events[index])
+                self._execute(self._trace.events[index])
         result = self._look_up(self._path.value)
         if not isinstance(result, Tensor):
             raise TypeError("the path ends in no tensor")
         return result
 
-    def _execute(self, index: int, event: Event) -> None:
+    def _execute(self, event: Event) -> None:
         reads = event.reads
         if self._flat and reads and event.name in VIEWS:
             self._values.update(dict.fromkeys(event.outputs, self._look_up(reads[0])))
             return
-        args, kwargs = (self._arguments(part, index) for part in (event.args, event.kwargs))
-        output = event.func(*args, **kwargs)
-        results = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        output = event.func(*self._given_to(event.args), **self._given_to(event.kwargs))
+        results = [output] if isinstance(output, Tensor) else [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         if self._flat and not self._path.is_live(event):
             results = [self._collapsed(result) for result in results]
+        if self._path.filled:
+            results = [self._fillable(v, result) for v, result in zip(event.outputs, results, strict=True)]
         self._values.update(zip(event.outputs, results, strict=True))
 
-    def _arguments(self, tree: Any, index: int) -> Any:
-        def given(leaf: Any) -> Any:
-            if isinstance(leaf, Ref):
-                return self._look_up(leaf.value)
-            if isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-                return self._dtype
-            return _CPU if isinstance(leaf, torch.device) else leaf
-
-        return tree_map(given, tree, is_leaf=lambda part: isinstance(part, Ref))
+    def _given_to(self, part: Any) -> Any:
+        """Arguments, with the values that their references stand for, in the replay's precision and place."""
+        if isinstance(part, Ref):
+            return self._look_up(part.value)
+        if type(part) in (tuple, list):
+            return type(part)(map(self._given_to, part))
+        if type(part) is dict:
+            return {key: self._given_to(item) for key, item in part.items()}
+        if isinstance(part, torch.dtype):
+            return self._dtype if part.is_floating_point else part
+        return _CPU if isinstance(part, torch.device) else part
 
     def _look_up(self, value: int) -> Any:
         if value not in self._values:
@@ -211,8 +234,13 @@ class Run:
             real = self._real(known)
             if value in self._graph.biases and value not in self._graph.kept:  # they begin at 0, whatever they hold now
                 real.zero_()
-            self._values[value] = self._collapsed(real) if self._flat else real
+            self._values[value] = self._collapsed(real) if self._flat else self._fillable(value, real)
         return self._values[value]
+
+    def _fillable(self, value: int, tensor: Tensor) -> Tensor:
+        """Memory with room for all draws, where the signal is going to be written into it."""
+        own = value in self._path.filled and value not in self._values and self._trace.base[value] == value
+        return tensor + self._zero.to(tensor.dtype) if own and self._zero is not None else tensor
 
     def _real(self, tensor: Tensor) -> Tensor:
         """A copy to work on, in the replay's precision and place."""

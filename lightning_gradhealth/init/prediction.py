@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_gradhealth.init.curves import correlated, scale, shifted
+from lightning_gradhealth.init.curves import correlated, scale, sensitivity, shifted
 from lightning_gradhealth.init.flow import Flow
 from lightning_gradhealth.init.gains import name_of, normal_nodes
 from lightning_gradhealth.init.recurrence import input_layer
@@ -48,6 +48,7 @@ class Prediction:
         self._graph, self._replayer, self._given = graph, replayer, dict(given)
         self._scales, self._factors = dict(scales or {}), dict(factors or {})
         self._composed, self._meant = dict(composed or {}), dict(meant or {})
+        self._shifted: dict[tuple[int, float, float], tuple[Passage, Passage]] = {}
 
     def __call__(
         self, stds: Mapping[int, float], names: Mapping[int, str]
@@ -58,7 +59,13 @@ class Prediction:
             stds: Standard deviation of every weight, by the identity of the parameter.
             names: Names of the parameters, by identity.
         """
+        self._replayer.allow()
+        left = self._replayer.left
         flow = self.flow(stds)
+        if self._replayer.left > left:
+            return (), (
+                "the signal over depth is not predicted: the forward pass is too long; a shorter sample may help",
+            )
         found: dict[str, tuple[int, float]] = {}
         for index, station in self._graph.stations.items():
             for value, moment in self._given_by(index, station, stds, flow):
@@ -121,7 +128,10 @@ class Prediction:
         if passage.curve is None or not any(flow.means.get(source) for source in sources):
             return passage
         (source,) = passage.sources
-        return shifted(passage, passage.curve, flow.means[source] * scale, stds[source])
+        key = id(passage), flow.means[source] * scale, stds[source]
+        if key not in self._shifted:  # a loop asks the same at every step; the passage is kept, so that its id is
+            self._shifted[key] = passage, shifted(passage, passage.curve, flow.means[source] * scale, stds[source])
+        return self._shifted[key][1]
 
     def _forward(self, index: int, station: Station, stds: Mapping[int, float], flow: Flow) -> None:
         read = [_arriving(passage, flow) for passage in self._passages(station, index, flow)]
@@ -166,11 +176,15 @@ class Prediction:
         inherited = max((flow.sensitivity.get(source, 1.0) for source in passage.sources), default=1.0)
         if passage.invariant or passage.curve is None or passage.homogeneous:
             return 0.0 if passage.invariant else inherited
-        up, down = (self._passage(value, at, flow, factor**0.5).moment for factor in (1.1, 1 / 1.1))
-        if not (up > 0 and down > 0):
-            return inherited
-        chi_q = math.log(up / down) / math.log(1.21)
-        flow.steepest = max(flow.steepest, (chi_q, name_of(passage.curve) or "+".join(passage.operations[:3])))
+        if any(flow.means.get(source) for source in passage.sources):
+            up, down = (self._passage(value, at, flow, factor**0.5).moment for factor in (1.1, 1 / 1.1))
+            if not (up > 0 and down > 0):
+                return inherited
+            chi_q = math.log(up / down) / math.log(1.21)
+        else:
+            chi_q = sensitivity(passage.curve)
+        if chi_q > flow.steepest[0]:
+            flow.steepest = chi_q, name_of(passage.curve) or "+".join(passage.operations[:3])
         return inherited * chi_q
 
     # --- back ---

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_gradhealth.init.gains import normal_nodes
 from lightning_gradhealth.init.paths import UNREPLAYABLE, Path, Run, WeightPath, noise
-from lightning_gradhealth.tracing import VIEWS, Graph, Station
+from lightning_gradhealth.tracing import VIEWS, Graph, LongPathError, Station
 
 ENOUGH = 1 << 18  # random numbers that a moment is taken from: their error is below 0.5 %
 TOO_MANY = 1 << 25  # elements of one value above which nothing is replayed
@@ -24,6 +24,8 @@ BUDGET = 1 << 21  # elements of all values on the way, over all draws; one draw 
 DRAWS = 1 << 10
 TINY = 1e-3  # a signal that an odd activation passes as a straight line
 ONE_BY_ONE = 1 << 13  # operations of all draws, where they cannot be run at once: some tenths of a second
+# operations that are executed for one recording: no clock, so that weights are the same on all machines and ranks
+ALLOWED, ALLOWED_EACH = 1 << 16, 2  # and so many for each that was recorded
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ class Replayer:
         self._asked: dict[Any, Passage] = {}
         self._known: dict[Any, Passage] = {}  # by what the path does
         self._keep: list[Any] = []  # what the keys name by identity must not be freed meanwhile
+        self.executed = 0
+        self.left = 0  # paths that were not replayed: too long, or too many before
+        self._allowed = 0
+        self.allow()
+
+    def allow(self) -> None:
+        """Begin another part of the work, which may execute as many operations as the one before was allowed."""
+        self._allowed = self.executed + ALLOWED + ALLOWED_EACH * len(self._trace.events)
 
     def passage(self, value: int, at: int, stds: Mapping[int, float] | None = None) -> Passage:
         """What becomes of the signal on its way to `value`, as event `at` reads it.
@@ -94,8 +104,10 @@ class Replayer:
             at: The event before which it is looked at.
             stds: Standard deviations of the sources; 1 for those that are missing.
         """
-        scales = {source: (stds or {}).get(source, 1.0) for source in self._graph.sources(value, at)}
         unit = self._passage(value, at, {})
+        if not stds or not unit.replayed:
+            return unit
+        scales = {source: stds.get(source, 1.0) for source in self._graph.sources(value, at)}
         if set(scales.values()) <= {1.0}:
             return unit
         if len(set(scales.values())) == 1:
@@ -112,14 +124,26 @@ class Replayer:
         asked = (value, at, tuple(sorted(stds.items())))
         if asked in self._asked:
             return self._asked[asked]
-        path = Path(self._graph, value, at, stds)
+        self._asked[asked] = self._found(value, at, stds)
+        return self._asked[asked]
+
+    def _found(self, value: int, at: int, stds: dict[int, float]) -> Passage:
+        path, visited = None, self._graph.visits
+        if self.executed < self._allowed:
+            with suppress(LongPathError):
+                path = Path(self._graph, value, at, stds)
+        self.executed += (self._graph.visits - visited) // 4
+        if path is None:
+            self.left += 1
+            return Passage(self._graph.sources(value, at), replayed=False)
+        self.executed += len(path.events) + len(path.sources)  # to tell what it does takes time, too
         key = path.key()
         if key not in self._known:
             self._keep.append(path)
             with torch.inference_mode(False):  # slopes are derivatives, whatever the caller is about
                 self._known[key] = self._replayed(path)
-        self._asked[asked] = _renamed(self._known[key], path)
-        return self._asked[asked]
+            self.executed += path.runs * (len(path.events) + len(path.sources))
+        return _renamed(self._known[key], path)
 
     def weight(self, station: Station, values: Mapping[int, Tensor]) -> Tensor:
         """The weight that the forward pass makes of given values of its parameters.
@@ -264,7 +288,8 @@ class Replayer:
 
         def once(*drawn: Tensor) -> Tensor:
             given = dict(zip(names, drawn, strict=True))
-            return Run(path, torch.float32, lambda value: given[value] + path.offset(owners[value])).result()
+            zero = 0.0 * drawn[0].detach().flatten()[0]
+            return Run(path, torch.float32, lambda value: given[value] + path.offset(owners[value]), zero=zero).result()
 
         draws = len(leaves[names[0]])
         if draws > 1:

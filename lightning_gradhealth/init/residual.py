@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
+from lightning_gradhealth.init.paths import LONGEST
 from lightning_gradhealth.init.replay import Replayer
-from lightning_gradhealth.tracing import Graph, Station
+from lightning_gradhealth.tracing import Graph, LongPathError, Station
 
+MOST_SIDE_BY_SIDE = 64  # branches that one module adds to what all of them read
 RESIDUAL = ("auto", "none", "depth", "zero_last", "fixup")
 
 
@@ -43,11 +45,16 @@ def find_branches(graph: Graph, replayer: Replayer) -> list[Branch]:
     are none.
     """
     uses = Counter(value for station in graph.stations.values() for value in station.parameters)
+    once = graph.stations.bits(
+        index
+        for index, station in graph.stations.items()
+        if station.kind == "weight" and all(uses[value] == 1 for value in station.parameters)
+    )
     found: list[Branch] = []
     streams: dict[int, int] = {}  # for the merges of branches: the value that carries the stream in
     for index, station in graph.stations.items():
         if station.kind == "merge" and (longer := _longer(graph, index, station, streams)) is not None:
-            branch = _branch(graph, replayer, index, station, longer, streams, uses)
+            branch = _branch(graph, replayer, index, station, longer, streams, once)
             if branch is not None:
                 found.append(branch)
                 streams[index] = station.reads[1 - longer]
@@ -56,41 +63,45 @@ def find_branches(graph: Graph, replayer: Replayer) -> list[Branch]:
 
 def _longer(graph: Graph, index: int, station: Station, streams: Mapping[int, int]) -> int | None:
     """Which side of a merge is the branch: 0 or 1; None where neither is the other's shortcut."""
-    reach = _reach(graph, _sides(graph, index, station))
+    reach = [graph.stations.upstream(side) for side in _sides(graph, index, station)]
     if not reach[0] & reach[1]:
         return None
     sides = _carried(graph, index, station, reach, streams)
-    carried = [side <= other for side, other in zip(sides, reversed(reach), strict=True)]
+    carried = [not side & ~other for side, other in zip(sides, reversed(reach), strict=True)]
     if carried[0] != carried[1]:
         return carried.index(False)
-    own = [len(_weights(graph, reach[i] - reach[1 - i])) for i in (0, 1)]
+    weights = graph.stations.of_kind("weight")
+    own = [(reach[i] & ~reach[1 - i] & weights).bit_count() for i in (0, 1)]
     return None if own[0] == own[1] else own.index(max(own))
 
 
-def _sides(graph: Graph, index: int, station: Station) -> list[frozenset[int]]:
-    return [graph.sources(value, index) for value in station.reads]
+def _sides(graph: Graph, index: int, station: Station) -> list[int]:
+    return [graph.state(value, index).sources for value in station.reads]
 
 
-def _reach(graph: Graph, sides: list[frozenset[int]]) -> list[frozenset[int]]:
-    return [side.union(*(graph.ancestors[source] for source in side)) for side in sides]
-
-
-def _carried(
-    graph: Graph, index: int, station: Station, reach: list[frozenset[int]], streams: Mapping[int, int]
-) -> list[frozenset[int]]:
+def _carried(graph: Graph, index: int, station: Station, reach: list[int], streams: Mapping[int, int]) -> list[int]:
     """What each side carries in, without the branches that the same module has added to it before.
 
     So that of an attention and an MLP side by side, both added to what they read, neither is taken for the shortcut.
     """
     module = graph.trace.events[index].module
-
-    def origin(source: int, other: Set[int]) -> frozenset[int]:
-        if source in other or source not in streams or graph.trace.events[source].module != module:
-            return frozenset((source,))
-        return frozenset().union(*(origin(s, other) for s in graph.sources(streams[source], source)))
-
     sides = zip(_sides(graph, index, station), reversed(reach), strict=True)
-    return [frozenset().union(*(origin(source, other) for source in side)) for side, other in sides]
+    return [_origins(graph, side, other, module, streams) for side, other in sides]
+
+
+def _origins(graph: Graph, side: int, other: int, module: str, streams: Mapping[int, int]) -> int:
+    """The stations of a side, those that are merges of the module's own replaced by what their streams carry in."""
+    found, open_, steps = 0, list(graph.stations.decoded(side)), 0
+    while open_:
+        source = open_.pop()
+        bit = graph.stations.bits((source,))
+        steps += 1
+        own = source in streams and graph.trace.events[source].module == module and not bit & (other | found)
+        if own and steps <= MOST_SIDE_BY_SIDE:
+            open_ += graph.sources(streams[source], source)
+        else:
+            found |= bit
+    return found
 
 
 def _branch(
@@ -100,25 +111,24 @@ def _branch(
     station: Station,
     longer: int,
     streams: Mapping[int, int],
-    uses: Mapping[int, int],
+    once: int,
 ) -> Branch | None:
-    reach = _reach(graph, _sides(graph, index, station))
-    shortcut = _reach(graph, _carried(graph, index, station, reach, streams))[1 - longer]
-    inside = (reach[longer] - shortcut) & graph.stations.keys()
-    own = _weights(graph, inside)
+    stations = graph.stations
+    reach = [stations.upstream(side) for side in _sides(graph, index, station)]
+    carried = _carried(graph, index, station, reach, streams)
+    inside = reach[longer] & ~stations.upstream(carried[1 - longer]) & ~1  # 1: what comes from the inputs
+    if not inside & once:  # as in most loops, whose paths grow with every step: no need to follow them
+        return None
     ends = _Ends(streams.keys())
     ends.follow(graph, replayer, station.reads[longer], index, inside)
-    if not ends.last or any(uses[value] > 1 for last in ends.last for value in graph.stations[last].parameters):
+    if not ends.last or stations.bits(ends.last) & ~once:
         return None
-    normed = ends.normed or any(graph.stations[s].kind == "norm" for s in inside)
+    own = list(stations.decoded(inside & stations.of_kind("weight")))
+    normed = ends.normed or bool(inside & stations.of_kind("norm"))
     normed = normed or any(_invariant(graph, replayer, s) for s in own) or _normed_after(graph, index)
     gated = _is_gated(graph, station.reads[longer], index)
     module = graph.trace.events[index].module
     return Branch(index, tuple(own), tuple(ends.last), ends.norm, normed, gated, module)
-
-
-def _weights(graph: Graph, stations: Set[int]) -> list[int]:
-    return sorted(s for s in stations if s in graph.stations and graph.stations[s].kind == "weight")
 
 
 @dataclass
@@ -131,21 +141,24 @@ class _Ends:
     normed: bool = False
     seen: set[int] = field(default_factory=set)
 
-    def follow(self, graph: Graph, replayer: Replayer, value: int, at: int, inside: Set[int]) -> None:
+    def follow(self, graph: Graph, replayer: Replayer, value: int, at: int, inside: int) -> None:
         """Go back from a value to the weights that nothing but norms and additions separates from it."""
-        passage = replayer.passage(value, at)
-        self.normed = self.normed or passage.invariant
-        if len(passage.sources) > 1 and not (passage.homogeneous or passage.invariant):
-            return  # a product of several signals, of which no single weight is the end
-        for source in sorted((graph.sources(value, at) & inside) - self.seen - self.joined):
-            self.seen.add(source)
-            station = graph.stations[source]
-            if station.kind == "weight":
-                self.last.append(source)
-            elif station.kind in ("norm", "merge"):
-                self.norm = source if station.kind == "norm" and self.norm is None else self.norm
-                for read in station.reads:
-                    self.follow(graph, replayer, read, source, inside)
+        open_ = [(value, at)]
+        while open_:
+            value, at = open_.pop()
+            passage = replayer.passage(value, at)
+            self.normed = self.normed or passage.invariant
+            if len(passage.sources) > 1 and not (passage.homogeneous or passage.invariant):
+                continue  # a product of several signals, of which no single weight is the end
+            near = graph.state(value, at).sources & inside
+            for source in sorted(set(graph.stations.decoded(near)) - self.seen - self.joined):
+                self.seen.add(source)
+                station = graph.stations[source]
+                if station.kind == "weight":
+                    self.last.append(source)
+                elif station.kind in ("norm", "merge"):
+                    self.norm = source if station.kind == "norm" and self.norm is None else self.norm
+                    open_ += [(read, source) for read in reversed(station.reads)]
 
 
 def _invariant(graph: Graph, replayer: Replayer, index: int) -> bool:
@@ -160,7 +173,10 @@ def _normed_after(graph: Graph, merge: int) -> bool:
 
 def _is_gated(graph: Graph, value: int, at: int) -> bool:
     """Whether a parameter multiplies the branch on its way to the addition."""
-    events, _ = graph.between(value, at)
+    try:
+        events, _ = graph.between(value, at, LONGEST)
+    except LongPathError:
+        return False
     for index in events:
         event = graph.trace.events[index]
         states = [graph.state(read, index) for read in event.reads]

@@ -1,8 +1,9 @@
 """One recorded forward pass: weights in order of use, what lies between them, and where branches merge."""
 
-from lightning_gradhealth.tracing.graph import INPUT, Graph, Station
+from lightning_gradhealth.tracing.graph import Graph, LongPathError
 from lightning_gradhealth.tracing.operators import VIEWS
 from lightning_gradhealth.tracing.record import UNITS, Event, Ref, Trace, TraceError, follow, trace
+from lightning_gradhealth.tracing.stations import INPUT, Station
 
 __all__ = [
     "INPUT",
@@ -10,6 +11,7 @@ __all__ = [
     "VIEWS",
     "Event",
     "Graph",
+    "LongPathError",
     "Ref",
     "Station",
     "Trace",

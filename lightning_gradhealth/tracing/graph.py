@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -12,47 +13,7 @@ from lightning_gradhealth.tracing.fans import contraction_fans
 from lightning_gradhealth.tracing.operators import CONTRACTIONS, LOOKUPS, NORMS, ONE_SIDED, SUMS, VIEWS
 from lightning_gradhealth.tracing.probe import Prober, Use
 from lightning_gradhealth.tracing.record import Event, Trace
-
-INPUT = -1  # the source that stands for the model's inputs
-
-
-@dataclass(frozen=True)
-class Station:
-    """Where a new signal begins: a weight, a lookup, a recurrent unit, a norm or a merge of two signals.
-
-    Attributes:
-        event: Index of the event.
-        kind: "weight", "lookup", "unit", "norm" or "merge".
-        reads: The values that carry the signal in: one, or for a merge the two that are added.
-        parameters: The parameters behind the weight, by value; for a norm, its scale and shift.
-        operand: The value that is the weight as the operator saw it; None for merges, norms and units.
-        fan_in: Terms that an output sums (weights only).
-        fan_out: Terms that the gradient of an input sums (weights only).
-        scale: What the operator itself multiplies the products by, as a mean does (weights only).
-        bias: The parameters added by the same operator.
-    """
-
-    event: int
-    kind: str
-    reads: tuple[int, ...]
-    parameters: tuple[int, ...] = ()
-    operand: int | None = None
-    fan_in: float = 1.0
-    fan_out: float = 1.0
-    scale: float = 1.0
-    bias: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is known of a value: whether it carries the signal, from which stations, and which parameters are in it."""
-
-    active: bool = False
-    sources: frozenset[int] = frozenset()
-    parameters: frozenset[int] = frozenset()
-
-
-_NOTHING = _State()
+from lightning_gradhealth.tracing.stations import INPUT, NOTHING, State, Station, Stations, joined
 
 
 class Graph:
@@ -79,14 +40,17 @@ class Graph:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.stations: dict[int, Station] = {}
+        self.stations = Stations()
         self.elementwise: dict[int, str] = {}
         self.unknown: dict[int, str] = {}
         self.biases: dict[int, int] = {}
         self.kept: frozenset[int] = frozenset()
+        self.visits = 0  # events that `between` has looked at
         self._made: dict[int, int] = {}  # value -> the event that made it
         self._written: dict[int, list[int]] = {}  # base value -> the events that wrote into its memory
-        self._states: list[_State] = []
+        self._memory: dict[int, list[State]] = {}  # what all of these together have written, at each of them
+        self._states: list[State] = []
+        self._own: dict[str, set[int]] = {}
         self._prober = Prober(trace)
         self._inputs = trace.inputs
         self._parameters = trace.parameters
@@ -100,63 +64,76 @@ class Graph:
             for value in event.outputs:
                 self._made.setdefault(value, index)
             for value in event.writes:
-                self._written.setdefault(self.trace.base[value], []).append(index)
+                self._write(self.trace.base[value], index)
         return self.stations.get(len(self._states) - 1)
+
+    def _write(self, base: int, index: int) -> None:
+        events, states = self._written.setdefault(base, []), self._memory.setdefault(base, [])
+        if not events or events[-1] != index:
+            events.append(index)
+            states.append(joined([*states[-1:], self._states[index]]))
 
     # --- what a value is ---
 
     def makers(self, value: int, at: int) -> list[int]:
         """The events that gave a value what it holds just before event `at`."""
-        makers = [event for event in self._written.get(self.trace.base[value], ()) if event < at]
+        written = self._written.get(self.trace.base[value], [])
+        makers = written[: bisect_left(written, at)]
         made = self._made.get(value)
         return makers if made is None or made in makers else [made, *makers]
 
-    def state(self, value: int, at: int) -> _State:
+    def state(self, value: int, at: int) -> State:
         """What a value is just before event `at`."""
-        leaf = _NOTHING
+        leaf = NOTHING
         if value in self._parameters:
-            leaf = _State(parameters=frozenset((value,)))
+            leaf = State(parameters=frozenset((value,)))
         elif value in self._inputs:
-            leaf = _State(active=True, sources=frozenset((INPUT,)))
-        return _joined([leaf, *(self._states[event] for event in self.makers(value, at))])
+            leaf = State(active=True, sources=1)
+        states = [leaf]
+        if (made := self._made.get(value)) is not None:
+            states.append(self._states[made])
+        base = self.trace.base[value]
+        if base in self._written and (count := bisect_left(self._written[base], at)):
+            states.append(self._memory[base][count - 1])
+        return joined(states)
 
     def sources(self, value: int, at: int) -> frozenset[int]:
         """The stations (or INPUT) from which the signal in a value comes, without a station between."""
-        return self.state(value, at).sources
+        return self.stations.named(self.state(value, at).sources)
 
     # --- what an event is ---
 
-    def _classify(self, index: int, event: Event) -> _State:
+    def _classify(self, index: int, event: Event) -> State:
         reads = event.reads
         states = {value: self.state(value, index) for value in reads}
         station = self._station(index, event, reads, states)
         if station is not None:
-            self.stations[index] = station
-            return _State(active=True, sources=frozenset((index,)))
-        merged = _joined(states.values())
+            self.stations.add(station, joined(states[value] for value in station.reads).sources)
+            return State(active=True, sources=self.stations.bits((index,)))
+        merged = joined(states.values())
         if not merged.active:
             return merged
         if self._is_chosen(event, states):
-            return _State(parameters=merged.parameters)
+            return State(parameters=merged.parameters)
         behind_weights = event.name in SUMS and self._only_weights(merged.sources)
         for value, state in states.items():
             itself = behind_weights and self._is_itself(value, index)
             for parameter in () if state.active else state.parameters:
                 self.elementwise.setdefault(parameter, event.name)
                 if itself and self._parameters[parameter].dim() < 2:
-                    self.biases.setdefault(parameter, min(merged.sources))
-        if INPUT not in merged.sources and not any(self.trace.holds_signal(value) for value in event.outputs):
-            return _NOTHING  # an index or a mask that a signal has chosen carries none itself
-        return _State(active=True, sources=merged.sources)
+                    self.biases.setdefault(parameter, next(self.stations.decoded(merged.sources)))
+        if not merged.sources & 1 and not any(self.trace.holds_signal(value) for value in event.outputs):
+            return NOTHING  # an index or a mask that a signal has chosen carries none itself
+        return State(active=True, sources=merged.sources)
 
     def _is_itself(self, value: int, at: int) -> bool:
         """Whether a value is a parameter but for its shape and type."""
         return all(self.trace.events[index].name in VIEWS for index in self.between(value, at)[0])
 
-    def _only_weights(self, sources: frozenset[int]) -> bool:
-        return all(source in self.stations and self.stations[source].kind == "weight" for source in sources)
+    def _only_weights(self, sources: int) -> bool:
+        return not sources & ~self.stations.of_kind("weight")
 
-    def _station(self, index: int, event: Event, reads: list[int], states: dict[int, _State]) -> Station | None:
+    def _station(self, index: int, event: Event, reads: list[int], states: dict[int, State]) -> Station | None:
         if event.func is None:
             return self._unit(index, event, reads, states)
         name = event.name
@@ -173,14 +150,14 @@ class Graph:
             return None
         return self._probed(index, event, states) or self._reduced(index, event, states)
 
-    def _unit(self, index: int, event: Event, reads: list[int], states: dict[int, _State]) -> Station:
+    def _unit(self, index: int, event: Event, reads: list[int], states: dict[int, State]) -> Station:
         module = self.trace.modules[event.module]
         own = {id(parameter) for parameter in module.parameters()}
         parameters = tuple(value for value, parameter in self._parameters.items() if id(parameter) in own)
         active = tuple(value for value in reads if states[value].active and self.trace.holds_signal(value))
         return Station(index, "unit", active[:1], parameters)
 
-    def _norm(self, index: int, reads: list[int], states: dict[int, _State]) -> Station | None:
+    def _norm(self, index: int, reads: list[int], states: dict[int, State]) -> Station | None:
         if not states[reads[0]].active:
             return None
         scales = [p for value in reads[1:] if not states[value].active for p in sorted(states[value].parameters)]
@@ -188,7 +165,7 @@ class Graph:
             self.elementwise.setdefault(parameter, "norm")
         return Station(index, "norm", tuple(reads[:1]), tuple(scales))
 
-    def _weight(self, index: int, event: Event, states: dict[int, _State]) -> Station | None:
+    def _weight(self, index: int, event: Event, states: dict[int, State]) -> Station | None:
         data, weight = (event.args[position].value for position in CONTRACTIONS[event.name])
         if event.name not in ONE_SIDED and self._is_data(weight, data, states, event):
             data, weight = weight, data
@@ -215,7 +192,7 @@ class Graph:
             tuple(bias),
         )
 
-    def _probed(self, index: int, event: Event, states: dict[int, _State]) -> Station | None:
+    def _probed(self, index: int, event: Event, states: dict[int, State]) -> Station | None:
         """The weight of an operator that is known by what it does alone."""
         signals = [v for v, state in states.items() if state.active and self.trace.holds_signal(v)]
         operands = [v for v, state in states.items() if not state.active and state.parameters]
@@ -233,7 +210,7 @@ class Graph:
                     self.unknown.setdefault(parameter, f"{event.name}: {known[0].why}")
         return None
 
-    def _reduced(self, index: int, event: Event, states: dict[int, _State]) -> Station | None:
+    def _reduced(self, index: int, event: Event, states: dict[int, State]) -> Station | None:
         """The weight of a product by elements that is summed afterwards, as a contraction by hand is."""
         signals = [v for v, state in states.items() if state.active and self.trace.holds_signal(v)]
         if len(signals) != 1 or not event.outputs or event.writes:
@@ -260,7 +237,7 @@ class Graph:
         return self._product(index, data, weight, use, {weight: of_weight}) if use.kind == "product" else None
 
     def _product(
-        self, index: int, data: int, weight: int, use: Use, states: dict[int, _State], sums: Iterable[int] = ()
+        self, index: int, data: int, weight: int, use: Use, states: dict[int, State], sums: Iterable[int] = ()
     ) -> Station:
         bias = tuple(p for value in sums for p in sorted(states[value].parameters))
         for parameter in bias:
@@ -269,7 +246,7 @@ class Graph:
         parameters = tuple(sorted(states[weight].parameters))
         return Station(index, "weight", (data,), parameters, weight, use.fan_in, use.fan_out, use.scale, bias)
 
-    def _is_chosen(self, event: Event, states: dict[int, _State]) -> bool:
+    def _is_chosen(self, event: Event, states: dict[int, State]) -> bool:
         """Whether an index that comes with the signal chooses among weights, as among those of experts."""
         tables = [v for v, state in states.items() if not state.active and state.parameters]
         active = [v for v, state in states.items() if state.active]
@@ -277,13 +254,13 @@ class Graph:
         gives = any(self.trace.holds_signal(value) for value in event.outputs)
         return matrices and gives and not any(self.trace.holds_signal(value) for value in active)
 
-    def _is_data(self, value: int, other: int, states: dict[int, _State], event: Event) -> bool:
+    def _is_data(self, value: int, other: int, states: dict[int, State], event: Event) -> bool:
         """Whether `value` carries the signal and `other` the weight."""
         if states[value].active != states[other].active:
             return states[value].active
         return self._owns(event, other, states) and not self._owns(event, value, states)
 
-    def _is_weight(self, weight: int, data: int, states: dict[int, _State], event: Event) -> bool:
+    def _is_weight(self, weight: int, data: int, states: dict[int, State], event: Event) -> bool:
         if states[weight].active or not states[weight].parameters:
             return False
         if states[data].active:
@@ -293,13 +270,15 @@ class Graph:
         given = bool(states[data].parameters) or len(self.trace.shapes[data]) > 1
         return given and self._owns(event, weight, states) and not self._owns(event, data, states)
 
-    def _owns(self, event: Event, value: int, states: dict[int, _State]) -> bool:
+    def _owns(self, event: Event, value: int, states: dict[int, State]) -> bool:
         """Whether a value is made of a parameter that belongs to the very module that runs."""
-        module = self.trace.modules.get(event.module)
-        own = set() if module is None else {id(p) for p in module.parameters(recurse=False)}
+        if event.module not in self._own:
+            module = self.trace.modules.get(event.module)
+            self._own[event.module] = set() if module is None else {id(p) for p in module.parameters(recurse=False)}
+        own = self._own[event.module]
         return any(id(self._parameters[p]) in own for p in states[value].parameters)
 
-    def _merge(self, index: int, reads: list[int], states: dict[int, _State]) -> Station | None:
+    def _merge(self, index: int, reads: list[int], states: dict[int, State]) -> Station | None:
         active = [value for value in reads if states[value].active and self.trace.holds_signal(value)]
         if len(active) != 2 or states[active[0]].sources == states[active[1]].sources:
             return None
@@ -325,42 +304,54 @@ class Graph:
         return found
 
     @cached_property
-    def ancestors(self) -> dict[int, frozenset[int]]:
-        """For every station: all stations (and INPUT) from which its signal comes, near and far."""
-        found: dict[int, frozenset[int]] = {INPUT: frozenset()}
-        for index, station in self.stations.items():
-            near = frozenset().union(*(self.sources(value, index) for value in station.reads))
-            found[index] = near.union(*(found[source] for source in near))
+    def ends(self) -> dict[int, list[int]]:
+        """For every station (and INPUT) whose signal comes to the model's outputs with no station between: which."""
+        found: dict[int, list[int]] = {}
+        for value, sources in self.final.items():
+            for source in sources:
+                found.setdefault(source, []).append(value)
         return found
 
-    def between(self, value: int, at: int) -> tuple[list[int], frozenset[int]]:
-        """The events that lead from stations to what `value` holds just before event `at`, and those stations."""
+    def between(self, value: int, at: int, most: float = math.inf) -> tuple[list[int], frozenset[int]]:
+        """The events that lead from stations to what `value` holds just before event `at`, and those stations.
+
+        Args:
+            value: The value.
+            at: The event before which it is looked at.
+            most: The greatest number of events.
+
+        Raises:
+            LongPathError: There are more.
+        """
         events: set[int] = set()
         sources: set[int] = set()
         open_ = [(value, at)]
-        seen: set[tuple[int, int]] = set()
+        seen: set[int] = set()
+        until: dict[int, int] = {}  # base value -> how many of the events that wrote into it have been taken
         while open_:
             current, before = open_.pop()
             if current in self._inputs:
                 sources.add(INPUT)
-            for maker in self.makers(current, before):
+            makers = []
+            if current not in seen:
+                seen.add(current)
+                makers = [self._made[current]] if current in self._made else []
+            base = self.trace.base[current]
+            if written := self._written.get(base):
+                taken, count = until.get(base, 0), bisect_left(written, before)
+                until[base] = max(taken, count)
+                makers += written[taken:count]
+            for maker in makers:
+                self.visits += 1
                 if maker in self.stations:
                     sources.add(maker)
                 elif maker not in events:
                     events.add(maker)
-                    for read in self.trace.events[maker].reads:
-                        if (read, maker) not in seen:
-                            seen.add((read, maker))
-                            open_.append((read, maker))
+                    if len(events) > most:
+                        raise LongPathError(f"more than {most} operations")
+                    open_ += [(read, maker) for read in self.trace.events[maker].reads]
         return sorted(events), frozenset(sources)
 
 
-def _joined(states: Iterable[_State]) -> _State:
-    states = [state for state in states if state is not _NOTHING]
-    if len(states) == 1:
-        return states[0]
-    return _State(
-        any(state.active for state in states),
-        frozenset().union(*(state.sources for state in states)),
-        frozenset().union(*(state.parameters for state in states)),
-    )
+class LongPathError(ValueError):
+    """More operations lie between two stations than are worth a look."""

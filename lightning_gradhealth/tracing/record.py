@@ -62,6 +62,11 @@ class Event:
         """The values among its arguments, in order."""
         return refs((self.args, self.kwargs))
 
+    @cached_property
+    def form(self) -> str:
+        """Operator and arguments, equal for events that do the same to other values."""
+        return repr((str(self.func), _formed(self.args), _formed(self.kwargs)))
+
 
 @dataclass
 class Trace:
@@ -100,9 +105,22 @@ class Trace:
 
 def refs(tree: Any) -> list[int]:
     """The values in a tree of arguments, in order."""
-    return [
-        leaf.value for leaf in tree_leaves(tree, is_leaf=lambda part: isinstance(part, Ref)) if isinstance(leaf, Ref)
-    ]
+    if isinstance(tree, Ref):
+        return [tree.value]
+    if type(tree) is dict:
+        return refs(list(tree.values()))
+    if isinstance(tree, (tuple, list)):
+        return [value for part in tree for value in refs(part)]
+    return []
+
+
+def _formed(tree: Any) -> Any:
+    """Arguments without the values that they refer to."""
+    if isinstance(tree, Ref):
+        return "tensor"
+    if isinstance(tree, dict):
+        return [(key, _formed(part)) for key, part in tree.items()]
+    return [_formed(part) for part in tree] if isinstance(tree, (tuple, list)) else tree
 
 
 _PRODUCTS = ("mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm", "convolution")
@@ -226,8 +244,8 @@ def _record(
             from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import
 
             stack.callback(recorder.restore)  # behind the mode, which would compute nothing
-            fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            args, kwargs = tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
+            recorder._fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            args, kwargs = tree_map_only(Tensor, recorder._fake.from_tensor, (args, kwargs))
         elif source == "meta":
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
             stack.enter_context(torch.device("meta"))
@@ -288,6 +306,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._running: list[nn.Module] = []
         self._stored: dict[int, list[nn.Parameter]] = {}  # by the address of their memory
         self._saved: dict[int, Callable[[], None]] = {}
+        self._fake: Any = None  # the mode of fake tensors
+        self._fakes: dict[int, tuple[nn.Parameter, Any]] = {}
         self._unit: Any = None  # what the recurrent module that runs was given
         for parameter in model.parameters():
             self.trace.parameters[self.value(parameter)] = parameter
@@ -341,15 +361,34 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given, named = self._referred(args), self._referred(kwargs)
         self._check_kinds(func, given)
         self._save(func, args, kwargs)
-        output = func(*args, **kwargs)
-        # a value that is written keeps its number; what is new gets one, and shares memory with what it is a view of
         writes, viewed = self._effects(func, args, kwargs)
+        output = func(*(args if writes else self._faked(args, viewed is not None)), **kwargs)
+        # a value that is written keeps its number; what is new gets one, and shares memory with what it is a view of
         outputs = tuple(self.value(leaf, viewed) for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
         self.trace.events.append(Event(func, given, named, outputs, writes, self._path()))
         if self._observe is not None:
             made, read = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in (output, (args, kwargs)))
             self._observe(self.trace, made, read)
         return output
+
+    def _faked(self, args: Any, views: bool) -> Any:
+        """Fake weights for real ones, each made once: the mode would make them anew in every operation of a loop.
+
+        Only where what comes out is fake anyway, or shows a whole matrix: of other parameters forward may read values.
+        """
+        if self._fake is None or not any(isinstance(arg, nn.Parameter) for arg in args):
+            return args
+        mixed = any(getattr(arg, "fake_mode", None) is self._fake for arg in args)
+        return tuple(
+            self._fake_of(arg) if isinstance(arg, nn.Parameter) and (mixed or (views and arg.dim() > 1)) else arg
+            for arg in args
+        )
+
+    def _fake_of(self, parameter: nn.Parameter) -> Any:
+        if id(parameter) not in self._fakes:
+            self._fakes[id(parameter)] = parameter, self._fake.from_tensor(parameter)
+        kept, fake = self._fakes[id(parameter)]
+        return fake if kept is parameter and kept.shape == fake.shape else parameter
 
     def _check_kinds(self, func: Any, given: Any) -> None:
         """Raise where integers meet floating numbers in a product: without values torch lets them."""
