@@ -318,6 +318,9 @@ def odd() -> Iterator[Row]:
         yield Row("GradHealth", argument, keyword(gh.GradHealth, argument), no_parts)
         yield Row("HealthSession", argument, keyword(functools.partial(gh.HealthSession, net()), argument), no_parts)
     yield Row("GradientNorm.update", "model", lambda v: gh.GradientNorm().update(v), [np.array(1.0), Unwilling()])
+    yield Row(
+        "diagnose", "budget", lambda v: gh.diagnose(net(), torch.ones(8, 4), budget=v), ["30", True], [0, math.nan]
+    )
     yield Row("diagnose", "loss_fn", lambda v: gh.diagnose(net(), torch.ones(8, 4), v), [Nameless()])
     yield Row("init_weights", "overrides", lambda v: gh.init_weights(net(), overrides=v), [Nameless(), b"x"])
     no_batch = [5, "x", b"x", True, int, [], {}, NAN]

@@ -15,18 +15,20 @@ from lightning_gradhealth.messages import printable, reason_of
 _EXAMPLE = "e.g. package.module:function"
 
 
-def run(factory: str, batch: str = "") -> int:
+def run(factory: str, batch: str = "", budget: float | None = 30.0) -> int:
     """Look at the signal on its way through a model, forward and backward, before anything is trained.
 
     Args:
         factory: What makes the model, as package.module:function; the current folder is looked into. A function or a
             class without arguments, or a module.
         batch: What gives a batch, as package.module:function; without it the model's example_input_array is taken.
+        budget: Seconds after which nothing more is begun; null: no limit.
     """
     from torch import nn
 
     import lightning_gradhealth as gh
     from lightning_gradhealth.preflight import diagnosis, ends
+    from lightning_gradhealth.tracing.progress import working
 
     sys.path.insert(0, os.getcwd())
     made = _named("FACTORY", factory)
@@ -35,11 +37,12 @@ def run(factory: str, batch: str = "") -> int:
         raise MisuseError(f"FACTORY: {printable(factory)} must give an nn.Module, got a {type(model).__name__}")
     try:
         if batch:
-            flow = gh.diagnose(model, _called("--batch", batch, _named("--batch", batch)))
+            flow = gh.diagnose(model, _called("--batch", batch, _named("--batch", batch)), budget=budget)
         else:
             inputs = _example(model, factory)
             opened = ends.opened(model)
-            flow = diagnosis.examine(opened, lambda: ends.from_outputs(opened, ends.copied(inputs)))
+            with working("diagnose", diagnosis.check_budget(budget)):
+                flow = diagnosis.examine(opened, lambda: ends.from_outputs(opened, ends.copied(inputs)))
     except (TypeError, ValueError) as error:
         raise MisuseError(str(error)) from None
     Terminal(highlight=False).print(flow)

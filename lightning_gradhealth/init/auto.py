@@ -37,6 +37,7 @@ from lightning_gradhealth.init.tables import biases_scores, reaches_norm, tied_t
 from lightning_gradhealth.init.transforms import moment_before_transform
 from lightning_gradhealth.sharding import is_sharded
 from lightning_gradhealth.tracing import Graph, Station, Trace, TraceError, trace
+from lightning_gradhealth.tracing.progress import tick
 
 ROWS = 4  # of a batch of images
 _SHARES = {"_softmax", "_log_softmax", "_safe_softmax"}  # what a classifier may end with
@@ -167,7 +168,8 @@ class _Adviser:
 
     def advised(self) -> Advised:
         """All that the forward pass tells."""
-        for index, station in self._graph.stations.items():
+        for done, (index, station) in enumerate(self._graph.stations.items()):
+            tick("finding gains", done, len(self._graph.stations))
             self._visit(index, station)
         for value, parameter in self._trace.parameters.items():
             if id(parameter) not in self._advice:

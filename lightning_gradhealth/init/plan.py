@@ -32,6 +32,7 @@ from lightning_gradhealth.init.parts import Part, in_order, target_of, with_step
 from lightning_gradhealth.isolation import RandomState, undisturbed
 from lightning_gradhealth.layers import check_model, clean_name, unwrap
 from lightning_gradhealth.records import DepthPoint, InitEntry, InitReport
+from lightning_gradhealth.tracing.progress import tick, working
 from lightning_gradhealth.validation import check_flag
 
 
@@ -134,11 +135,12 @@ def init_weights(
         scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, lr, on_uncovered
     )
     if not check_flag("dry_run", dry_run, "leave it out to initialise the model"):
-        with random_state_kept_on_error():
+        with working("init_weights"), random_state_kept_on_error():
             return _plan(model, example_inputs, calibrate, call).apply()
     state = RandomState.now()
     try:
-        return _plan(model, example_inputs, calibrate, call).report
+        with working("init_weights"):
+            return _plan(model, example_inputs, calibrate, call).report
     finally:
         state.restore()
 
@@ -200,7 +202,7 @@ def plan_init(
     call = check_call(
         scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, lr, on_uncovered
     )
-    with random_state_kept_on_error():
+    with working("plan_init"), random_state_kept_on_error():
         return _plan(model, example_inputs, calibrate, call)
 
 
@@ -251,7 +253,8 @@ class InitPlan:
         targets = [(part.owned, part.target) for part in parts if part.target is not None]
         with all_or_nothing([part.owned for part in parts if part.sets]):
             with torch.no_grad():
-                for part in parts:
+                for done, part in enumerate(parts):
+                    tick("drawing weights", done, len(parts))
                     part.write(seed)
             found = None if self._calibrate is None else calibrate_weights(self._model, self._calibrate, targets, seed)
             with torch.no_grad():

@@ -14,6 +14,7 @@ from lightning_gradhealth.init.replay import Passage, Replayer
 from lightning_gradhealth.init.verdict import Verdict
 from lightning_gradhealth.records import DepthPoint
 from lightning_gradhealth.tracing import INPUT, Graph, Station
+from lightning_gradhealth.tracing.progress import tick
 
 NOTHING = 1e-9  # mean in units of the RMS: what quadrature leaves of the mean of an odd activation
 _SIGNS = {"sub": (1, -1), "rsub": (-1, 1)}
@@ -109,7 +110,8 @@ class Prediction:
             stds: Standard deviation of every weight, by the identity of the parameter.
         """
         flow = Flow()
-        for index, station in self._graph.stations.items():
+        for done, (index, station) in enumerate(self._graph.stations.items()):
+            tick("predicting the signal", done, len(self._graph.stations))
             self._forward(index, station, stds, flow)
         flow.gradients = self._backward(stds, flow, balanced=False)
         flow.balance = self._backward(stds, flow, balanced=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_gradhealth.init.gains import normal_nodes
 from lightning_gradhealth.init.paths import UNREPLAYABLE, Path, Run, WeightPath, noise
 from lightning_gradhealth.tracing import VIEWS, Graph, LongPathError, Station
+from lightning_gradhealth.tracing.progress import tick
 
 ENOUGH = 1 << 18  # random numbers that a moment is taken from: their error is below 0.5 %
 TOO_MANY = 1 << 25  # elements of one value above which nothing is replayed
@@ -128,6 +129,7 @@ class Replayer:
         return self._asked[asked]
 
     def _found(self, value: int, at: int, stds: dict[int, float]) -> Passage:
+        tick()
         path, visited = None, self._graph.visits
         if self.executed < self._allowed:
             with suppress(LongPathError):

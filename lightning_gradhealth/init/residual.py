@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lightning_gradhealth.init.paths import LONGEST
 from lightning_gradhealth.init.replay import Replayer
 from lightning_gradhealth.tracing import Graph, LongPathError, Station
+from lightning_gradhealth.tracing.progress import tick
 
 MOST_SIDE_BY_SIDE = 64  # branches that one module adds to what all of them read
 RESIDUAL = ("auto", "none", "depth", "zero_last", "fixup")
@@ -52,7 +53,8 @@ def find_branches(graph: Graph, replayer: Replayer) -> list[Branch]:
     )
     found: list[Branch] = []
     streams: dict[int, int] = {}  # for the merges of branches: the value that carries the stream in
-    for index, station in graph.stations.items():
+    for done, (index, station) in enumerate(graph.stations.items()):
+        tick("finding branches", done, len(graph.stations))
         if station.kind == "merge" and (longer := _longer(graph, index, station, streams)) is not None:
             branch = _branch(graph, replayer, index, station, longer, streams, once)
             if branch is not None:

@@ -34,6 +34,7 @@ from lightning_gradhealth.rules.first_pass import HugeOnce, LeapOnce
 from lightning_gradhealth.rules.inputs import LargeInputs
 from lightning_gradhealth.signals import Signals, with_signals
 from lightning_gradhealth.signals.units import SAMPLES
+from lightning_gradhealth.tracing.progress import OutOfTimeError, Work
 
 SHOWN = 3
 _JUDGED = {  # what a single pass can tell; all else takes steps
@@ -83,6 +84,7 @@ class Account:
         passes: One pass, or several with other random directions.
         thresholds: The numbers that verdicts depend on.
         find_origin: Runs the batch once more and says where a NaN or Inf begins.
+        work: The work that this is the end of, which may have a budget.
     """
 
     def __init__(
@@ -92,7 +94,9 @@ class Account:
         passes: Sequence[Pass],
         thresholds: Thresholds,
         find_origin: Callable[[], Origin],
+        work: Work,
     ) -> None:
+        self._work = work
         self.model, self.layout, self.thresholds = model, layout, thresholds
         self._find_origin = find_origin
         self.first = passes[0]
@@ -192,7 +196,12 @@ class Account:
             what = "the output has"
         elif any(norm is not None and not math.isfinite(norm) for norm in self.norms):
             what = "gradients are"
-        origin = self._find_origin() if what else Origin("", "", "", ())
+        origin = Origin("", "", "", ())
+        if what and self._work.is_over:
+            self._work.leave("where the NaN or Inf begins")
+        elif what:
+            self._work.tick("finding where the NaN or Inf begins")
+            origin = self._find_origin()
         module = origin.module or record.first_non_finite
         return [
             LargeInputs(once),
@@ -241,13 +250,21 @@ class Account:
     def _with_init(self, report: FlowReport) -> FlowReport:
         """With what `init_weights` would change, where something is wrong."""
         if not report.conditions:
-            return report
+            return self._with_budget(report)
+        change = ""
         try:
-            change = of_init(self.model, self.first.call)
+            with self._work.interruptible():
+                self._work.tick("what init_weights would change")
+                change = of_init(self.model, self.first.call)
+        except OutOfTimeError:
+            self._work.leave("what gh.init_weights would change")
         except Exception as error:  # the diagnosis stands without this advice
             note = f"what gh.init_weights would change is not known ({reason_of(error)})"
-            return replace(report, notes=(*report.notes, note))
-        return replace(report, remedies=(*([change] if change else []), *report.remedies))
+            return self._with_budget(replace(report, notes=(*report.notes, note)))
+        return self._with_budget(replace(report, remedies=(*([change] if change else []), *report.remedies)))
+
+    def _with_budget(self, report: FlowReport) -> FlowReport:
+        return replace(report, notes=(*report.notes, *self._work.notes))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -26,12 +26,16 @@ from lightning_gradhealth.records import FlowReport
 from lightning_gradhealth.rules import Thresholds
 from lightning_gradhealth.sharding import is_sharded
 from lightning_gradhealth.steps import has_training_step
-from lightning_gradhealth.validation import wrong
+from lightning_gradhealth.tracing.progress import working
+from lightning_gradhealth.validation import check_number, wrong
 
+BUDGET = 30.0  # seconds
 COTANGENTS = 3  # random directions, where there is no loss: the median of three leaves one outlier out
 
 
-def diagnose(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None) -> FlowReport:
+def diagnose(
+    model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None, *, budget: float | None = BUDGET
+) -> FlowReport:
     """Look at the signal on its way through a model, forward and backward, before anything is trained.
 
     One batch goes through the model in training mode, and a gradient comes back. Afterwards everything is as it was,
@@ -51,12 +55,15 @@ def diagnose(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = 
             of `forward`. For a LightningModule what its `training_step` takes. Otherwise x alone. Units are judged by
             256 samples or more.
         loss_fn: Gives one number for the model's output and y.
+        budget: Seconds after which nothing more is begun, and the report's notes say what was not looked at: further
+            random directions, where a NaN begins, what `init_weights` would change. The first pass forward and back is
+            always made. None: no limit.
 
     Returns:
         The report: gains per layer, findings, remedies; `print(report)` in words, `rich.print(report)` as a table.
 
     Raises:
-        TypeError: `model` is no module, `loss_fn` cannot be called, or the loss is no tensor.
+        TypeError: `model` is no module, `loss_fn` cannot be called, the loss is no tensor, or `budget` no number.
         ValueError: The batch does not go through the model; the loss is not one number, or needs no gradient; the
             model has no parameters, lazy ones, or ones that are sharded or on the meta device; or it is a
             LightningModule that optimizes by hand, whose training_step would step its optimizers.
@@ -76,13 +83,31 @@ def diagnose(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = 
     if loss_fn is not None and not callable(loss_fn):
         remedy = "e.g. loss_fn=torch.nn.functional.cross_entropy"
         raise TypeError(wrong("loss_fn", "a function of output and target or None", loss_fn, remedy))
+    budget = check_budget(budget)
     model = opened(model)
-    if loss_fn is None and has_training_step(model):
-        return examine(model, lambda: from_training_step(model, copied(batch)))
-    if loss_fn is None:
-        return examine(model, lambda: from_outputs(model, copied(batch)))
-    pair = pair_of(batch)
-    return examine(model, lambda: from_loss(model, copied(pair), loss_fn))
+    with working("diagnose", budget):
+        if loss_fn is None and has_training_step(model):
+            return examine(model, lambda: from_training_step(model, copied(batch)))
+        if loss_fn is None:
+            return examine(model, lambda: from_outputs(model, copied(batch)))
+        pair = pair_of(batch)
+        return examine(model, lambda: from_loss(model, copied(pair), loss_fn))
+
+
+def check_budget(budget: float | None) -> float | None:
+    """Return a budget in seconds.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not above 0.
+
+    Example:
+        >>> check_budget(0)
+        Traceback (most recent call last):
+        ...
+        ValueError: budget must be a finite number > 0, got 0; seconds, or None for no limit
+    """
+    return None if budget is None else check_number("budget", budget, "seconds, or None for no limit")
 
 
 def examine(
@@ -120,11 +145,17 @@ def examine(
         ends = run()
         return sum((end.sum() for end in ends.tensors), start=torch.zeros(())) * scale
 
-    passes = [run_once(model, run, scale=scale, seed=0)]
-    if not passes[0].has_loss:
-        passes += [run_once(model, run, scale=scale, seed=seed) for seed in range(1, COTANGENTS)]
-    account = Account(model, Layout(model, layers), passes, thresholds, lambda: find_origin(model, again))
-    return account.report(dict(ignore or {}))
+    with working("diagnose", shown=False) as work:  # unless `diagnose` has begun it, there may be a bar of Lightning's
+        work.tick("forward and back")
+        passes = [run_once(model, run, scale=scale, seed=0)]
+        for seed in range(1, 1 if passes[0].has_loss else COTANGENTS):
+            work.tick("forward and back", seed, COTANGENTS)
+            if work.is_over:
+                work.leave(f"{COTANGENTS - seed} of {COTANGENTS} random directions")
+                break
+            passes.append(run_once(model, run, scale=scale, seed=seed))
+        account = Account(model, Layout(model, layers), passes, thresholds, lambda: find_origin(model, again), work)
+        return account.report(dict(ignore or {}))
 
 
 def _check(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from lightning_gradhealth.isolation import undisturbed
 from lightning_gradhealth.norms import norms_or_zero
 from lightning_gradhealth.preflight.ends import Ends
 from lightning_gradhealth.signals import Reading, SignalProbe
+from lightning_gradhealth.tracing.progress import tick
 
 
 class FirstCall:
@@ -26,6 +27,7 @@ class FirstCall:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Keep the first."""
+        tick()
         if self.module is None:
             self.module, self.args, self.kwargs = module, args, kwargs
 

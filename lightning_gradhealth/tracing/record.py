@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_gradhealth.isolation import undisturbed
 from lightning_gradhealth.layers import clean_name, is_compiled
 from lightning_gradhealth.messages import where_and_why
+from lightning_gradhealth.tracing.progress import tick
 
 UNITS = (nn.RNNBase, nn.RNNCellBase)  # recorded as one event: what is inside is known better than read off
 
@@ -358,6 +359,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._unit is not None:
             return func(*args, **kwargs)
+        tick("recording operations", len(self.trace.events))
         given, named = self._referred(args), self._referred(kwargs)
         self._check_kinds(func, given)
         self._save(func, args, kwargs)
