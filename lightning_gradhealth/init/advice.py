@@ -16,8 +16,9 @@ class Advice:
 
     Attributes:
         role: "weight" (multiplied with activations and summed), "lookup" (rows are read by index), "bias" (added to
-            what a weight gives), "state" (used otherwise: a scale, a gate, a table of positions), "unused" (not met
-            in the forward pass), "unknown" (met in an operator of which nobody can tell what it does).
+            what a weight gives), "phase" (a bias before a periodic activation: uniform within `gain`), "state" (used
+            otherwise: a scale, a gate, a table of positions), "unused" (not met in the forward pass), "unknown" (met in
+            an operator of which nobody can tell what it does).
         fan_in: Terms an output sums, as the forward pass used the weight; None: not traced.
         fan_out: Terms an input's gradient sums; None: not traced.
         scheme: The scheme that `scheme="auto"` takes: "he", "xavier", "lecun", "orthogonal" or
@@ -27,6 +28,7 @@ class Advice:
         found: How the gain was found: "closed form", "quadrature", "replayed", "module order", "output",
             "edge of chaos", "given", "assumed".
         follows: What the signal passes on its way to the next weight, as "gelu 1.534".
+        distribution: Of its numbers, where the rule names one that the call leaves open; "": the call's.
         keep: Why the parameter stays as it is whatever its role (the zero half of a low-rank pair); "": it does not.
         note: What else the report should say.
     """
@@ -39,6 +41,7 @@ class Advice:
     factor: float = 1.0
     found: str = ""
     follows: str = ""
+    distribution: str = ""
     keep: str = ""
     note: str = ""
 
@@ -49,6 +52,7 @@ class Advised:
 
     Attributes:
         advice: By the identity of the parameter; of a parametrized weight, by that of each original.
+        meant: What was set on purpose, by the identity of the parameter, with the reason.
         source: "trace (fake tensors)", "trace (real batch)", "trace (meta)", "trace (guessed 4×784)" (where there was
             no sample) or "module order".
         residual: What `residual="auto"` came to: "none", "depth", "zero_last" or "fixup".
@@ -58,6 +62,7 @@ class Advised:
     """
 
     advice: dict[int, Advice] = field(default_factory=dict)
+    meant: Mapping[int, str] = field(default_factory=dict)
     source: str = "module order"
     residual: str = "none"
     notes: tuple[str, ...] = ()

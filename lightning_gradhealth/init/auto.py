@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lightning_gradhealth.init.advice import Advice, Advised
 from lightning_gradhealth.init.batches import calls_in, parts_of
 from lightning_gradhealth.init.composed import Composition, Roles, compose
 from lightning_gradhealth.init.critical import critical_gains
-from lightning_gradhealth.init.deliberate import biases_on_purpose, is_zero, second_of_pair, zeros_on_purpose
+from lightning_gradhealth.init.deliberate import Waves, at_the_end, is_zero, meant_in, scale_of, second_of_pair, waves
 from lightning_gradhealth.init.gains import Nonlinearity, gain as gain_of
 from lightning_gradhealth.init.guess import guessed
 from lightning_gradhealth.init.module_order import by_module_order
@@ -24,7 +24,7 @@ from lightning_gradhealth.init.prediction import Prediction
 from lightning_gradhealth.init.recurrence import input_layer, simulate
 from lightning_gradhealth.init.replay import Passage, Replayer
 from lightning_gradhealth.init.residual import factors, find_branches, resolve
-from lightning_gradhealth.init.stand_ins import own_reset, own_tensors, values_by_class
+from lightning_gradhealth.init.stand_ins import small_by_class
 from lightning_gradhealth.init.surroundings import (
     how_found,
     made_up_for,
@@ -33,7 +33,7 @@ from lightning_gradhealth.init.surroundings import (
     steepness_of,
     what_follows,
 )
-from lightning_gradhealth.init.tables import biases_scores, reaches_norm, tied_tables
+from lightning_gradhealth.init.tables import biases_scores, is_read_by_index, reaches_norm, tied_tables
 from lightning_gradhealth.init.transforms import moment_before_transform
 from lightning_gradhealth.sharding import is_sharded
 from lightning_gradhealth.tracing import Graph, Station, Trace, TraceError, trace
@@ -44,7 +44,13 @@ _SHARES = {"_softmax", "_log_softmax", "_safe_softmax"}  # what a classifier may
 
 
 def advise(
-    model: nn.Module, example_inputs: Any, *, residual: str, nonlinearity: Nonlinearity, guess: bool = True
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    residual: str,
+    nonlinearity: Nonlinearity,
+    keep: str = "deliberate",
+    guess: bool = True,
 ) -> Advised:
     """Say what is known of every parameter before anything is drawn.
 
@@ -53,6 +59,7 @@ def advise(
         example_inputs: A sample; None: the model's `example_input_array`, and without one the order of its modules.
         residual: "auto", "none", "depth", "zero_last" or "fixup".
         nonlinearity: "auto": what follows each weight is found; otherwise the one activation of the whole model.
+        keep: "deliberate": what was set on purpose is told; "nothing": nothing is.
         guess: Where there is no sample, whether what the first layer takes may serve as one.
 
     Raises:
@@ -67,6 +74,7 @@ def advise(
     """
     sample = _example_of(model) if example_inputs is None else example_inputs
     fixed = None if nonlinearity == "auto" else gain_of(nonlinearity)
+    asked = _Asked(residual, fixed, keep == "deliberate")
     if any(is_sharded(parameter) for parameter in model.parameters()):
         if example_inputs is not None:
             raise ValueError(
@@ -83,14 +91,14 @@ def advise(
             )
         if (found := guessed(model) if guess else None) is not None:
             graph, shape = found
-            advised = _Adviser(model, graph, residual, fixed).advised()
+            advised = _Adviser(model, graph, asked).advised()
             note = f"no sample was given: forward was followed on a guess, {shape}; give example_inputs= to be sure"
             return replace(advised, source=f"trace (guessed {shape})", notes=(note, *advised.notes))
-        return by_module_order(model, fixed)
+        return replace(by_module_order(model, fixed), meant=meant_in(model) if asked.keeps else {})
     try:
-        return _Adviser(model, Graph(_trace(model, sample)), residual, fixed).advised()
+        return _Adviser(model, Graph(_trace(model, sample)), asked).advised()
     except TraceError:
-        advised_by_batch = _of_batch(model, sample, residual, fixed)
+        advised_by_batch = _of_batch(model, sample, asked)
         if advised_by_batch is None:
             raise
         return advised_by_batch
@@ -104,12 +112,21 @@ def _example_of(model: nn.Module) -> Any:
         return None
 
 
-def _of_batch(model: nn.Module, batch: Any, residual: str, fixed: float | None) -> Advised | None:
+@dataclass(frozen=True)
+class _Asked:
+    """What the call asks for: residual factors, one gain for all (None: found), and whether purposes count."""
+
+    residual: str
+    fixed: float | None
+    keeps: bool
+
+
+def _of_batch(model: nn.Module, batch: Any, asked: _Asked) -> Advised | None:
     """What the calls of a training step tell, or a part of the batch; None where nothing goes through the model."""
     found: list[tuple[nn.Module, Advised]] = []
     for part, sample in calls_in(model, batch):
         with suppress(TraceError):
-            found.append((part, _Adviser(part, Graph(_trace(part, sample)), residual, fixed).advised()))
+            found.append((part, _Adviser(part, Graph(_trace(part, sample)), asked).advised()))
     if found:
         names = {id(module): name or type(model).__name__ for name, module in model.named_modules()}
         calls = ", ".join(names.get(id(part), type(part).__name__) for part, _ in found)
@@ -117,10 +134,13 @@ def _of_batch(model: nn.Module, batch: Any, residual: str, fixed: float | None) 
         advice = {key: one for _, advised in reversed(found) for key, one in advised.advice.items()}
         first = found[0][1]
         notes = tuple(dict.fromkeys((note, *(line for _, advised in found for line in advised.notes))))
-        return replace(first, advice=advice, notes=notes, forecast=first.forecast if len(found) == 1 else None)
+        purposes = {key: why for _, advised in reversed(found) for key, why in advised.meant.items()}
+        return replace(
+            first, advice=advice, meant=purposes, notes=notes, forecast=first.forecast if len(found) == 1 else None
+        )
     for sample in parts_of(model, batch):
         with suppress(TraceError):
-            advised = _Adviser(model, Graph(_trace(model, sample)), residual, fixed).advised()
+            advised = _Adviser(model, Graph(_trace(model, sample)), asked).advised()
             what = ", ".join(sample) if isinstance(sample, dict) else "its first entry"
             return replace(advised, notes=(f"forward was given a part of the batch: {what}", *advised.notes))
     return None
@@ -141,19 +161,23 @@ def _trace(model: nn.Module, sample: Any) -> Trace:
 class _Adviser:
     """Goes through the stations of one forward pass, from the first to the last."""
 
-    def __init__(self, model: nn.Module, graph: Graph, residual: str, fixed: float | None) -> None:
-        self._graph, self._trace, self._fixed = graph, graph.trace, fixed
-        graph.kept = biases_on_purpose(graph)
-        graph.trace.by_class.update(_by_class(model))
+    def __init__(self, model: nn.Module, graph: Graph, asked: _Asked) -> None:
+        self._graph, self._trace, self._fixed, self._keeps = graph, graph.trace, asked.fixed, asked.keeps
+        self._ends = at_the_end(graph)
+        self._meant = meant_in(model, graph) if asked.keeps else {}
+        graph.kept = frozenset(value for value in graph.biases if id(graph.trace.parameters[value]) in self._meant)
+        graph.trace.by_class.update(small_by_class(model))
         self._replayer = Replayer(graph)
         branches = [
             branch
             for branch in find_branches(graph, self._replayer)
             if not any(second_of_pair(graph, self._replayer, index) for index in branch.last)
         ]
-        self._residual = resolve(residual, branches)
-        self._factors = factors(self._residual, branches, auto=residual == "auto")
-        self._zeros = zeros_on_purpose(graph) if residual == "auto" else frozenset()
+        self._residual = resolve(asked.residual, branches)
+        self._factors = factors(self._residual, branches, auto=asked.residual == "auto")
+        if asked.residual != "auto":  # what is asked for rules over what stands there
+            for value in (value for index in self._factors for value in graph.stations[index].parameters):
+                self._meant.pop(id(self._trace.parameters[value]), None)
         self._critical = critical_gains(graph, self._replayer)
         self._stds: dict[int, float] = {}  # what each station's output is meant to have
         self._scales: dict[int, float] = {}  # what the forward pass multiplies a weight by, where it does
@@ -178,6 +202,7 @@ class _Adviser:
         source = {"fake": "trace (fake tensors)", "real": "trace (real batch)", "meta": "trace (meta)"}
         return Advised(
             advice=self._advice,
+            meant=self._meant,
             source=source[self._trace.source],
             residual=self._residual,
             notes=self._notes(),
@@ -247,6 +272,10 @@ class _Adviser:
             scheme = "delta_orthogonal" if "conv" in self._trace.events[index].name else "orthogonal"
         if found in ("given", "output", "edge of chaos") or transformed is not None:
             target = gain * gain * moment
+        distribution = ""
+        if (periodic := self._waves(index, station, after)) is not None and periodic.std is not None:
+            gain, found, scheme = periodic.std * math.sqrt(station.fan_in), "closed form", "lecun"
+            target, distribution = gain * gain * moment, "uniform"
         self._stds[index] = math.sqrt(target)
         advice = Advice(
             "weight",
@@ -257,10 +286,32 @@ class _Adviser:
             factor=self._factors.get(index, 1.0),
             found=found,
             follows=label,
+            distribution=distribution,
         )
         composed = self._composed(index, station, advice)
+        for value, one in composed.items():
+            if one.role != "weight":  # it stays, and it is known why
+                self._meant.pop(id(self._trace.parameters[value]), None)
         for value in station.parameters:
             self._advise(value, composed.get(value) or self._of_parameter(index, station, value, advice))
+
+    def _waves(self, index: int, station: Station, after: list[Passage]) -> Waves | None:
+        """The rule of periodic activations, where it holds for a weight; its biases are seen to."""
+        value = station.parameters[0]
+        parameter = self._trace.parameters[value]
+        if len(station.parameters) > 1 or self._fixed is not None or id(parameter) in self._parametrized:
+            return None
+        rms = scale_of(parameter) if self._keeps else None
+        before = self._replayer.passage(station.reads[0], index)
+        rule = waves(self._graph, index, before, after, ends=id(parameter) in self._ends, rms=rms)
+        biases = [bias for bias, owner in self._graph.biases.items() if owner == index] if rule is not None else []
+        if rule is not None and rule.keep:
+            self._meant.update({id(self._trace.parameters[each]): rule.keep for each in (value, *biases)})
+        elif rule is not None and rule.phase is not None:
+            note = "uniform: phases before a periodic activation"
+            for bias in biases:
+                self._advise(bias, Advice("phase", gain=rule.phase, note=note))
+        return rule
 
     def _composed(self, index: int, station: Station, advice: Advice) -> dict[int, Advice]:
         """What holds for the parameters of a weight that the forward pass makes of several."""
@@ -278,12 +329,12 @@ class _Adviser:
 
     def _of_parameter(self, index: int, station: Station, value: int, advice: Advice) -> Advice:
         parameter = self._trace.parameters[value]
-        if len(station.parameters) > 1 and parameter.dim() > 1 and is_zero(parameter):
+        if self._keeps and len(station.parameters) > 1 and parameter.dim() > 1 and is_zero(parameter):
             return replace(advice, keep="0 at the start: one part of a weight that is made of several parameters")
-        if second_of_pair(self._graph, self._replayer, index):
+        if self._keeps and second_of_pair(self._graph, self._replayer, index):
             return replace(advice, keep="0 at the start: the second of a low-rank pair")
-        if value in self._zeros:
-            return replace(advice, keep="0 on purpose, as torch never leaves it; overrides= draws it")
+        if self._keeps and is_read_by_index(self._graph, station) and biases_scores(self._graph, self._replayer, index):
+            return replace(advice, keep="a table by position, added to attention scores")
         # a parametrized weight is written through its parametrization, so that no scale is left to make up for
         alone = len(station.parameters) == 1 and id(parameter) not in self._parametrized
         scale = self._scale(station, value) if alone else 1.0
@@ -301,7 +352,7 @@ class _Adviser:
         for value in station.parameters:
             if value in self._tied:
                 self._stds[index] = self._tied[value]
-            elif biases_scores(self._graph, self._replayer, index):
+            elif self._keeps and biases_scores(self._graph, self._replayer, index):
                 self._advise(value, Advice("lookup", keep="added to attention scores: a bias by position"))
             elif reaches_norm(self._graph, self._replayer, index):
                 gain = self._trace.parameters[value].shape[-1] ** -0.5
@@ -361,7 +412,7 @@ class _Adviser:
             return Advice("unused")
         if value in self._graph.biases:
             if value in self._graph.kept:
-                return Advice("state", note="a bias set on purpose: every element lies beyond torch's default range")
+                return Advice("state", note=self._meant[id(parameter)])
             return Advice("bias", note="added to the output of a weight")
         if use == "signal":
             return Advice("state", note="a signal that the model begins with: a weight multiplies it")
@@ -410,14 +461,3 @@ class _Adviser:
         if self._graph.consumers[index]:
             return False
         return all((passage.linear and not passage.invariant) or _SHARES & set(passage.operations) for passage in after)
-
-
-def _by_class(model: nn.Module) -> dict[int, Tensor]:
-    """What the classes of small modules on the meta device (norms, PReLU) will write into them, by identity."""
-    found: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
-        own = own_tensors(module)
-        small = all(tensor.dim() < 2 for tensor in own.values())
-        if small and any(tensor.is_meta for tensor in own.values()) and own_reset(module) is not None:
-            found.update((id(own[key]), value) for key, value in values_by_class(module, list(own), path).items())
-    return found

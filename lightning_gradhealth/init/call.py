@@ -14,6 +14,8 @@ from lightning_gradhealth.init.schemes import DISTRIBUTIONS, SCHEMES
 from lightning_gradhealth.init.settings import Settings
 from lightning_gradhealth.validation import check_choice, check_int, check_number, check_regexes
 
+KEEP = ("deliberate", "nothing")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -23,6 +25,7 @@ class Call:
     nonlinearity: Nonlinearity
     overrides: Sequence[Override]
     residual: str
+    keep: str
     skip: Sequence[re.Pattern[str]]
     seed: int | None
     lr: float | None
@@ -37,6 +40,7 @@ def check_call(
     gamma: float,
     overrides: Overrides,
     residual: str,
+    keep: str,
     skip: str | Sequence[str],
     seed: int | None,
     lr: float | None,
@@ -55,6 +59,7 @@ def check_call(
     check_choice("distribution", distribution, DISTRIBUTIONS)
     check_choice("on_uncovered", on_uncovered, ("warn", "raise", "ignore"))
     check_choice("residual", residual, RESIDUAL)
+    check_choice("keep", keep, KEEP)
     check_number("gamma", gamma, "leave it out for the scheme's own scale")
     if seed is not None:
         seed = check_int("seed", seed, None, "None draws one from torch's global state", "an int or None")
@@ -65,7 +70,7 @@ def check_call(
     own = gain(chosen.nonlinearity if found else nonlinearity)
     settings = Settings(chosen, distribution, mode, own, float(gamma), gain_given=not found)
     wishes = check_overrides(overrides)
-    return Call(settings, nonlinearity, wishes, residual, _patterns(skip), seed, lr, on_uncovered)
+    return Call(settings, nonlinearity, wishes, residual, keep, _patterns(skip), seed, lr, on_uncovered)
 
 
 def _patterns(skip: str | Sequence[str]) -> list[re.Pattern[str]]:

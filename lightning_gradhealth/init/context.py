@@ -61,11 +61,12 @@ class InitContext:
         owned: Sequence[Owned],
         advice: Mapping[int, Advice],
         overrides: Mapping[str, Settings],
+        meant: Mapping[int, str] | None = None,
     ) -> None:
         self.scheme, self.distribution, self.mode = settings.scheme.name, settings.distribution, settings.mode
         self.gain, self.gamma = settings.gain, settings.gamma
         self.blocks: dict[str, dict[str, Block]] = {}
-        self._settings, self._overrides = settings, overrides
+        self._settings, self._overrides, self._meant = settings, overrides, meant or {}
         self._owned = {id(each.parameter): each for each in owned}
         self._advice = {
             each.name: known
@@ -88,6 +89,18 @@ class InitContext:
         """Leave a parameter alone for a reason that no initializer overrules."""
         self.enter(rule)
         self._put(owned.parameter, Drawing(None, "kept"), note)
+
+    def keep_meant(self, module: nn.Module) -> None:
+        """Leave alone what was set on purpose in a module, as far as no override and no initializer has spoken of it.
+
+        Args:
+            module: One of the model's modules, with those inside.
+        """
+        for parameter in module.parameters():
+            if id(parameter) in self._meant and self.is_open(parameter):
+                owned = self._owned[id(parameter)]
+                if owned.name not in self._overrides:
+                    self.leave(owned, "state", self._meant[id(parameter)])
 
     def set_constant(self, owned: Owned, rule: str, value: float, note: str) -> None:
         """Set a parameter to one value, which no initializer overrules."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_gradhealth.init.advice import Advice
+from lightning_gradhealth.init.advice import Advice, Advised
 from lightning_gradhealth.init.blocks import Block, check_blocks
 from lightning_gradhealth.init.context import InitContext
 from lightning_gradhealth.init.handlers import reaches, visit
@@ -23,7 +23,7 @@ WOULD_TELL = "; example_inputs= would tell"  # what a note ends with where a for
 def decide(
     model: nn.Module,
     parameters: Sequence[Owned],
-    advice: dict[int, Advice],
+    advised: Advised,
     settings: Settings,
     overrides: Sequence[Override],
     skip: Sequence[re.Pattern[str]],
@@ -33,7 +33,7 @@ def decide(
     Args:
         model: The model.
         parameters: All its parameters.
-        advice: What is known of them, by the identity of the parameter.
+        advised: What is known of them.
         settings: Those of the call.
         overrides: In order; the first match wins.
         skip: Patterns of whole names.
@@ -47,11 +47,15 @@ def decide(
     skipped = {owned.name: why for owned in parameters if (why := _why_left(owned, skip))}
     chosen = assign(overrides, parameters, {name: rule for name, (rule, _) in skipped.items()}, reaches)
     drawn = {name: settings_by(override, settings) for name, override in chosen.items() if override.wish.draws}
-    context = InitContext(settings=settings, owned=parameters, advice=advice, overrides=drawn)
+    context = InitContext(
+        settings=settings, owned=parameters, advice=advised.advice, overrides=drawn, meant=advised.meant
+    )
     for owned in parameters:
         _settle_first(context, owned, skipped.get(owned.name), chosen.get(owned.name))
     _ask_initializers(model, context, parameters)
     for owned in parameters:
+        if context.is_open(owned.parameter):
+            context.keep_meant(owned.module)
         if context.is_open(owned.parameter):
             _settle_last(context, owned, chosen.get(owned.name))
     return {owned.name: _finished(context, owned) for owned in parameters}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_gradhealth.init.axes import ATTRIBUTE, draw_declared
@@ -33,6 +34,8 @@ def visit(module: nn.Module, context: InitContext) -> None:
     """
     for kind in type(module).__mro__:
         if kind in initialize.registry and kind is not object:
+            if kind not in _RULES:
+                context.keep_meant(module)
             context.enter(_RULES.get(kind, kind.__name__))
             initialize.registry[kind](module, context)
         if ATTRIBUTE in vars(kind):
@@ -128,8 +131,15 @@ def _convolution(module: nn.Conv2d, context: InitContext) -> None:
 
 
 def _bias(parameter: Tensor, context: InitContext) -> None:
-    if not _is_state(parameter, context):
+    known = context.advice(parameter)
+    if known is not None and known.role == "phase" and known.gain is not None:
+        context.fill_(parameter, partial(_uniform, known.gain), distribution="uniform", note=known.note)
+    elif not _is_state(parameter, context):
         context.constant_(parameter, 0.0)
+
+
+def _uniform(bound: float, numbers: Tensor, generator: torch.Generator) -> None:
+    numbers.uniform_(-bound, bound, generator=generator)
 
 
 def _is_state(parameter: Tensor, context: InitContext) -> bool:

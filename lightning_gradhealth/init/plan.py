@@ -47,6 +47,7 @@ def init_weights(
     gamma: float = 1.0,
     overrides: Overrides = (),
     residual: str = "auto",
+    keep: str = "deliberate",
     calibrate: Any = None,
     skip: str | Sequence[str] = (),
     seed: int | None = None,
@@ -67,8 +68,7 @@ def init_weights(
     as the weight of a layer where it is one.
     Weights under weight_norm, spectral_norm, pruning and other parametrizations are written through them. A padding
     row, buffers, frozen parameters, those with the attribute `_no_reinit`, and state that is no weight (a scale, a
-    gate, a table of positions) or was set on purpose (a layer of zeros, a bias beyond torch's range) stay as they
-    are, and are listed.
+    gate, a table of positions) or was set on purpose (see `keep`) stay as they are, and are listed.
 
     Each parameter has random numbers of its own, made from the seed and its name: the order of the modules,
     device, dtype, memory format and sharding change nothing.
@@ -94,6 +94,11 @@ def init_weights(
             also raw vectors), the other actions everything selected. A gain or a std is final: no residual factor.
         residual: What the weights that end residual branches get: "none", "depth" (std times 1/sqrt(2 N)), "zero_last"
             (0), "fixup" (Zhang et al. 2019), or "auto" (depth, unless norm layers hold the branches).
+        keep: "deliberate": what was set on purpose stays, as no class and no rule would give it: norms at 0 or at
+            another constant, weights that are 0, constant, an identity, triangular or orthogonal, scales far below
+            those of all rules, biases at a prior with their weights, the frequencies before a periodic activation. A
+            name in `overrides`, and a `residual` other than "auto" for what ends branches, draw it all the same.
+            "nothing": all is drawn.
         calibrate: A batch, as `example_inputs`: after the draw a real forward pass rescales every weight until its
             output has variance 1 (times the square of a residual factor), but for gains and stds of overrides. It also
             serves as `example_inputs` where there are none. None: not.
@@ -132,7 +137,7 @@ def init_weights(
     layers Saxe et al. 2014 (arXiv:1312.6120) and Jozefowicz et al. 2015.
     """
     call = check_call(
-        scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, lr, on_uncovered
+        scheme, distribution, mode, nonlinearity, gamma, overrides, residual, keep, skip, seed, lr, on_uncovered
     )
     if not check_flag("dry_run", dry_run, "leave it out to initialise the model"):
         with working("init_weights"), random_state_kept_on_error():
@@ -156,6 +161,7 @@ def plan_init(
     gamma: float = 1.0,
     overrides: Overrides = (),
     residual: str = "auto",
+    keep: str = "deliberate",
     calibrate: Any = None,
     skip: str | Sequence[str] = (),
     seed: int | None = None,
@@ -174,6 +180,7 @@ def plan_init(
         gamma: As for `init_weights`.
         overrides: As for `init_weights`.
         residual: As for `init_weights`.
+        keep: As for `init_weights`; on the meta device nobody can read what was set.
         calibrate: As for `init_weights`; such a plan can be applied, not bound.
         skip: As for `init_weights`.
         seed: As for `init_weights`; None: drawn now.
@@ -200,7 +207,7 @@ def plan_init(
         0.06
     """
     call = check_call(
-        scheme, distribution, mode, nonlinearity, gamma, overrides, residual, skip, seed, lr, on_uncovered
+        scheme, distribution, mode, nonlinearity, gamma, overrides, residual, keep, skip, seed, lr, on_uncovered
     )
     with working("plan_init"), random_state_kept_on_error():
         return _plan(model, example_inputs, calibrate, call)
@@ -324,13 +331,13 @@ def _plan(model: nn.Module, example_inputs: Any, batch: Any, call: Call) -> Init
     check_shapes(model)
     sample = batch if example_inputs is None else example_inputs
     auto = call.settings.scheme.name == "auto"
-    advised = advise(model, sample, residual=call.residual, nonlinearity=call.nonlinearity, guess=auto)
+    advised = advise(model, sample, residual=call.residual, nonlinearity=call.nonlinearity, keep=call.keep, guess=auto)
     with torch.no_grad(), ExitStack() as stack:
         if has_computed(model):  # while it trains, to ask for a parametrized weight may change what it remembers
             stack.enter_context(undisturbed(model))
             stack.enter_context(parametrize.cached())
         parameters = owned_by(model)
-        blocks = decide(model, parameters, advised.advice, call.settings, call.overrides, call.skip)
+        blocks = decide(model, parameters, advised, call.settings, call.overrides, call.skip)
     parts = [
         Part(owned, blocks[owned.name], target_of(owned, blocks[owned.name], advised.advice)) for owned in parameters
     ]

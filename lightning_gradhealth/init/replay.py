@@ -45,6 +45,7 @@ class Passage:
         averages: Signals are multiplied with one another and summed over this many positions, as attention does;
             0 where they are not.
         saturates: It is bounded on both sides, near where the signal lies.
+        oscillates: It is bounded, and far out it still changes: it is periodic. Told only where there is no curve.
         slope_at_zero: Of an odd path, what it multiplies a small signal by; None for others.
         curve: Its values at `normal_nodes()`, where it works element by element on one signal; otherwise None.
         operations: Names of the operations that are no mere views, in order.
@@ -58,6 +59,7 @@ class Passage:
     invariant: bool = False
     linear: bool = True
     saturates: bool = False
+    oscillates: bool = False
     slope_at_zero: float | None = None
     whole: bool = False
     averages: int = 0
@@ -319,7 +321,9 @@ class Replayer:
                 return found
             small, large, larger = map(run, (TINY, 4.0, 12.0))
             slope = math.sqrt(_mean_square(small)) / TINY if odd else None
-            return {**found, "saturates": _mean_square(larger) < 1.25**2 * _mean_square(large), "slope_at_zero": slope}
+            bounded, far = _mean_square(larger) < 1.25**2 * _mean_square(large), (large * larger).double().mean()
+            waves = bounded and _mean_square(larger) > 0.8**2 * _mean_square(large) > 2 * 0.8**2 * abs(float(far))
+            return {**found, "saturates": bounded, "oscillates": waves, "slope_at_zero": slope}
 
 
 @contextmanager

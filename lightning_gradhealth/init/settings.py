@@ -70,7 +70,7 @@ def recipe(settings: Settings, advice: Advice | None, gain: float | None) -> Rec
         notes.append(f"std times {factor:.3g} for its residual branch")
     return Recipe(
         scheme=scheme,
-        distribution=settings.distribution,
+        distribution=_distribution(settings, advice),
         mode=settings.mode or scheme.mode,
         gain=settings.gain if gain is None else gain,
         gamma=settings.gamma,
@@ -79,6 +79,13 @@ def recipe(settings: Settings, advice: Advice | None, gain: float | None) -> Rec
         follows=follows,
         note=joined(*notes),
     )
+
+
+def _distribution(settings: Settings, advice: Advice | None) -> str:
+    """That of the call, unless it is the default and the rule names another."""
+    if advice is None or settings.scheme is not AUTO or settings.distribution != "normal":
+        return settings.distribution
+    return advice.distribution or settings.distribution
 
 
 def joined(*notes: str) -> str:

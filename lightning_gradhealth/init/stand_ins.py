@@ -92,6 +92,25 @@ def values_by_class(module: nn.Module, attributes: Sequence[str], seed: str) -> 
         return {key: now[key].detach() for key in attributes if not untouched[key](now[key])}
 
 
+def small_by_class(model: nn.Module) -> dict[int, Tensor]:
+    """What the classes of small modules on the meta device (norms, PReLU) will write into them, by identity.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> [value.item() for value in small_by_class(nn.PReLU(device="meta")).values()]
+        [0.25]
+    """
+    found: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        own = own_tensors(module)
+        small = all(tensor.dim() < 2 for tensor in own.values())
+        if small and any(tensor.is_meta for tensor in own.values()) and own_reset(module) is not None:
+            found.update((id(own[key]), value) for key, value in values_by_class(module, list(own), path).items())
+    return found
+
+
 @contextmanager
 def _stand_ins(module: nn.Module) -> Iterator[dict[str, Callable[[Tensor], bool]]]:
     """Inside, the module's own parameters and buffers are whole, empty and on the CPU; those below it on meta.

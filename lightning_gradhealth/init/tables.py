@@ -18,7 +18,26 @@ def biases_scores(graph: Graph, replayer: Replayer, index: int) -> bool:
 def _is_added_to_scores(graph: Graph, replayer: Replayer, index: int, reader: int) -> bool:
     station = graph.stations[reader]
     others = [value for value in station.reads if index not in graph.sources(value, reader)]
-    return station.kind == "merge" and any(replayer.passage(value, reader).averages for value in others)
+    return station.kind == "merge" and any(_are_scores(graph, replayer, value, reader) for value in others)
+
+
+def _are_scores(graph: Graph, replayer: Replayer, value: int, at: int, before: int = 2) -> bool:
+    """Whether a value is a product of two signals, to which some tables may have been added before."""
+    if replayer.passage(value, at).averages:
+        return True
+    merges = (
+        [graph.stations[source] for source in graph.sources(value, at) if source in graph.stations] if before else []
+    )
+    reads = [(read, merge.event) for merge in merges if merge.kind == "merge" for read in merge.reads]
+    return any(_are_scores(graph, replayer, read, event, before - 1) for read, event in reads)
+
+
+def is_read_by_index(graph: Graph, station: Station) -> bool:
+    """Whether the rows of a weight are chosen by index before it is one, as those of relative positions."""
+    if station.operand is None or len(station.parameters) > 1:
+        return False
+    events, _ = graph.between(station.operand, station.event)
+    return any(graph.trace.events[index].name in ("index", "index_select", "embedding", "gather") for index in events)
 
 
 def reaches_norm(graph: Graph, replayer: Replayer, index: int) -> bool:
