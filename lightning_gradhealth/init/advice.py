@@ -29,6 +29,7 @@ class Advice:
             "edge of chaos", "given", "assumed".
         follows: What the signal passes on its way to the next weight, as "gelu 1.534".
         distribution: Of its numbers, where the rule names one that the call leaves open; "": the call's.
+        meant: Whether the model shows that the scale is meant, so that other uses do not change it.
         keep: Why the parameter stays as it is whatever its role (the zero half of a low-rank pair); "": it does not.
         note: What else the report should say.
     """
@@ -42,6 +43,7 @@ class Advice:
     found: str = ""
     follows: str = ""
     distribution: str = ""
+    meant: bool = False
     keep: str = ""
     note: str = ""
 

@@ -34,7 +34,7 @@ from lightning_gradhealth.init.surroundings import (
     what_follows,
 )
 from lightning_gradhealth.init.tables import biases_scores, is_read_by_index, reaches_norm, tied_tables
-from lightning_gradhealth.init.transforms import moment_before_transform
+from lightning_gradhealth.init.transforms import moment_before_transform, normalised_behind
 from lightning_gradhealth.sharding import is_sharded
 from lightning_gradhealth.tracing import Graph, Station, Trace, TraceError, trace
 from lightning_gradhealth.tracing.progress import tick
@@ -266,11 +266,14 @@ class _Adviser:
             gain = max(transformed, 1e-12) ** -0.5
         if self._is_output(index, after):
             gain, found = output_gain(self._replayer.passage(station.reads[0], index)), "output"
+        as_meant = normalised_behind(self._trace, station, after)
+        if as_meant:
+            gain, found = math.sqrt(station.fan_in), "closed form"
         scheme = scheme_for(before, after, gain)
         if index in self._critical and self._fixed is None and found != "output":
             gain, found = self._critical[index], "edge of chaos"
             scheme = "delta_orthogonal" if "conv" in self._trace.events[index].name else "orthogonal"
-        if found in ("given", "output", "edge of chaos") or transformed is not None:
+        if found in ("given", "output", "edge of chaos") or transformed is not None or as_meant:
             target = gain * gain * moment
         distribution = ""
         if (periodic := self._waves(index, station, after)) is not None and periodic.std is not None:
@@ -287,6 +290,8 @@ class _Adviser:
             found=found,
             follows=label,
             distribution=distribution,
+            meant=as_meant,
+            note="its products are divided by the root of their number: of variance 1, as it was" if as_meant else "",
         )
         composed = self._composed(index, station, advice)
         for value, one in composed.items():
@@ -425,9 +430,9 @@ class _Adviser:
         if known is advice or known.gain is None or advice.gain is None or known.gain == advice.gain:
             return
         # of several uses the smallest gain holds: it is what a loop comes to, whose state is 0 at first
-        chosen, other = sorted((known, advice), key=lambda each: each.gain or 0.0)
-        note = known.note
-        if "used again" not in note:
+        chosen, other = sorted((known, advice), key=_weakest)
+        note = chosen.note or known.note
+        if "used again" not in known.note:
             note = "; ".join(filter(None, (note, f"used again, where its gain would be {other.gain:.4g}")))
         self._advice[id(parameter)] = replace(chosen, note=note)
 
@@ -461,3 +466,8 @@ class _Adviser:
         if self._graph.consumers[index]:
             return False
         return all((passage.linear and not passage.invariant) or _SHARES & set(passage.operations) for passage in after)
+
+
+def _weakest(advice: Advice) -> tuple[bool, float]:
+    """The order in which the advice of several uses holds."""
+    return not advice.meant, (advice.gain or 0.0) / math.sqrt(advice.fan_in or 1.0)

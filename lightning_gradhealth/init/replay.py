@@ -185,13 +185,18 @@ class Replayer:
         generator = torch.Generator("cpu").manual_seed(0)
         kind = torch.complex64 if self._trace.parameters[parameter].is_complex() else torch.float32
         numbers = torch.randn(shape, generator=generator, device="cpu", dtype=kind)
+        # of numbers of one size every part has the mean square of the whole, so that a linear scale is exact
+        signs = torch.randint(0, 2, shape, generator=generator, device="cpu").mul(2).sub(1).to(kind)
         try:
             with torch.no_grad():
-                once, twice = (self.weight(station, {parameter: factor * numbers}) for factor in (1.0, 2.0))
+                given = (numbers, 2 * numbers, signs, signs + numbers)
+                once, twice, plain, both = (self.weight(station, {parameter: values}) for values in given)
         except UNREPLAYABLE:
             return None  # operations of other devices, or values that are not here
         if not torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-6):
             return None
+        if torch.allclose(both, once + plain, rtol=1e-3, atol=1e-6):
+            return math.sqrt(_mean_square(plain))
         return math.sqrt(_mean_square(once) / _mean_square(numbers))
 
     def _replayed(self, path: Path) -> Passage:

@@ -1,14 +1,16 @@
-"""Weights between a transform and its inverse, as those of Fourier layers: what the one scales the other undoes."""
+"""Weights of which a part of the scale lies elsewhere: in a transform around them, or in a constant behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
 from lightning_gradhealth.init.replay import Passage, Replayer
-from lightning_gradhealth.tracing import VIEWS, Graph, Station
+from lightning_gradhealth.tracing import VIEWS, Graph, Station, Trace
 
+FEW = 8  # terms of which the root is more than what an activation takes
 _LINEAR = {"mul", "div", "neg", "copy"}  # among the operations that work by elements
 
 
@@ -49,3 +51,34 @@ def moment_before_transform(
     if not entered:
         return replayer.passage(read, station.event).moment
     return sum(passage(value, index).moment for value, index in entered) / len(entered)
+
+
+def normalised_behind(trace: Trace, station: Station, after: Sequence[Passage]) -> bool:
+    """Whether the model itself divides the products of a weight by about the root of their number, and means it.
+
+    Then a weight of variance 1 is meant, as in networks in the parametrisation of the neural tangent kernel. A constant
+    alone may be there by chance: the weight has to have that variance, which torch gives to none of its layers.
+
+    Args:
+        trace: The recorded forward pass.
+        station: A weight.
+        after: What becomes of its output on the way to each reader.
+    """
+    (value, *more) = station.parameters
+    weight = trace.parameters[value].detach()
+    if more or weight.is_meta or station.fan_in < FEW or weight.numel() < FEW:
+        return False
+    if not _near(math.sqrt(float(weight.abs().double().square().mean())), 0.8):
+        return False
+    scales = [math.sqrt(passage.moment * station.fan_in) for passage in after if _keeps_scale(passage)]
+    return bool(scales) and len(scales) == len(after) and all(0.2 < scale < 1.5 for scale in scales)
+
+
+def _keeps_scale(passage: Passage) -> bool:
+    """Whether it tells how large a signal is: neither a norm nor shares lie between."""
+    shares = any("softmax" in name for name in passage.operations)
+    return passage.replayed and not (passage.invariant or passage.averages or shares)
+
+
+def _near(value: float, share: float) -> bool:
+    return share < value < 1 / share

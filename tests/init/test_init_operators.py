@@ -308,3 +308,30 @@ def test_calibration_leaves_complex_weights_as_drawn():
     report = gh.init_weights(model, batch, seed=0, calibrate=batch)
     assert report.entries[0].measured_std == drawn
     assert "complex numbers" in report.entries[0].note
+
+
+# --- scales that lie elsewhere ---
+
+
+def paths(self, x):
+    """One flat vector holds the matrices of two paths; what they give is divided by the root of the terms."""
+    first, second = self.w[: WIDTH * OUT].view(WIDTH, OUT), self.w[WIDTH * OUT :].view(OUT, WIDTH)
+    hidden = torch.tanh(2 * (x @ first) / WIDTH**0.5)
+    return (hidden @ second) / OUT**0.5
+
+
+def test_weights_whose_products_are_divided_behind_them_keep_variance_one():
+    model = Calls(paths, w=table(2 * WIDTH * OUT, std=1.0))
+    found = entry(model, torch.randn(64, WIDTH))
+    assert found.target_std == pytest.approx(1)
+    assert "divided by the root of their number" in found.note
+    nn.init.normal_(model.w, std=0.1)  # where nobody has meant it, the constant is there by chance
+    assert entry(model, torch.randn(64, WIDTH)).target_std < 0.5
+
+
+def test_a_scale_of_one_path_is_exact():
+    def call(self, x):
+        return F.linear(x, self.w[: WIDTH * WIDTH].view(WIDTH, WIDTH) / 7)
+
+    found = entry(Calls(call, w=nn.Parameter(torch.randn(20 * WIDTH * WIDTH))), torch.randn(8, WIDTH))
+    assert found.gain == pytest.approx(7, rel=1e-6)
