@@ -108,7 +108,7 @@ class Graph:
         states = {value: self.state(value, index) for value in reads}
         station = self._station(index, event, reads, states)
         if station is not None:
-            self.stations.add(station, joined(states[value] for value in station.reads).sources)
+            self.stations.add(station, joined(self.state(value, index) for value in station.reads).sources)
             return State(active=True, sources=self.stations.bits((index,)))
         merged = joined(states.values())
         if not merged.active:
