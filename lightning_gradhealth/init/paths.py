@@ -20,7 +20,6 @@ _CPU = torch.device("cpu")  # one place, so that the gains are the same to the l
 PRODUCTS = {"mm", "bmm", "baddbmm"}
 # what a replay may raise: operations of other devices or that vmap refuses, values that are not here
 UNREPLAYABLE = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
-_PARTS = {"slice", "select", "split", "split_with_sizes", "chunk", "unbind", "index_select", "narrow"}
 _ELEMENTWISE = {"copy", "_prelu_kernel"}  # without torch's tag
 
 
@@ -100,19 +99,11 @@ class Path:
         return math.prod(self.trace.shapes[self.value])
 
     def is_whole(self) -> bool:
-        """Whether the value has the elements of what its one source gives, or a part of them: none is pooled."""
+        """Whether the value has as many elements as what its one source gives."""
         if len(self.order) != 1:
             return False
-        if all(self._selects(self.trace.events[index]) for index in self.events):
-            return True
         (first, *_) = self.begins(self.order[0])
         return math.prod(self.trace.shapes[first]) == self.numel()
-
-    def _selects(self, event: Event) -> bool:
-        """Whether an operation works element by element or takes some of them."""
-        if not self.is_live(event) or event.name in VIEWS | _PARTS:
-            return True
-        return torch.Tag.pointwise in event.func.tags
 
     def total(self) -> int:
         """Number of elements of all values on the way."""

@@ -66,6 +66,7 @@ USES = {
     "slopes": (lambda x, w: torch.where(x > 0, x, w * x), (4, 3), (3,), "elementwise"),
     "a total that is added": (lambda x, w: x + w.sum(0), (4, 3), (5, 3), "sum"),
     "distances": (torch.cdist, (4, 3), (5, 3), "unknown"),
+    "places on a plane": (lambda x, w: F.grid_sample(w, x, align_corners=False), (1, 4, 4, 2), (1, 2, 8, 8), "unknown"),
     "a square of products": (lambda x, w: (x @ w) ** 2, (4, 3), (3, 5), "unknown"),
 }
 
