@@ -326,7 +326,8 @@ class Replayer:
                 return found
             small, large, larger = map(run, (TINY, 4.0, 12.0))
             slope = math.sqrt(_mean_square(small)) / TINY if odd else None
-            bounded, far = _mean_square(larger) < 1.25**2 * _mean_square(large), (large * larger).double().mean()
+            bounded = _mean_square(larger) < 1.25**2 * _mean_square(large)
+            far = (large * larger.conj()).real.double().mean()
             waves = bounded and _mean_square(larger) > 0.8**2 * _mean_square(large) > 2 * 0.8**2 * abs(float(far))
             return {**found, "saturates": bounded, "oscillates": waves, "slope_at_zero": slope}
 

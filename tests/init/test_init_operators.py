@@ -255,7 +255,7 @@ class Spectral(nn.Module):
         super().__init__()
         self.norm, self.parts = norm, parts
         shape = (CHANNELS, CHANNELS, MODES)
-        self.weight = table(*shape, 2) if parts else table(*shape, dtype=torch.complex64)
+        self.weight = table(*shape, 2, std=0.1) if parts else table(*shape, std=0.1, dtype=torch.complex64)
         self.skip = nn.Conv1d(CHANNELS, CHANNELS, 1)
 
     def forward(self, x):
