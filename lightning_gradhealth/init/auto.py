@@ -211,11 +211,22 @@ class _Adviser:
                 self._replayer,
                 given,
                 self._scales,
-                factors={s: f for s, f in self._factors.items() if self._graph.stations[s].kind == "norm"},
+                factors=self._norms(),
                 composed={index: composition.std for index, composition in self._compositions.items()},
                 meant=self._stds,
             ),
         )
+
+    def _norms(self) -> dict[int, float]:
+        """What the scale of a norm is, by station, where it is not 1: as asked for, or as it was meant."""
+        found = {}
+        for index, station in self._graph.stations.items():
+            if station.kind == "norm" and index in self._factors:
+                found[index] = self._factors[index]
+            elif station.kind == "norm" and station.parameters:
+                scale = self._trace.parameters[station.parameters[0]]
+                found[index] = (scale_of(scale) or 0.0) if id(scale) in self._meant else 1.0
+        return found
 
     def _notes(self) -> tuple[str, ...]:
         """What the user should know of how the model was read."""

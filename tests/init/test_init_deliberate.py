@@ -206,6 +206,14 @@ def test_without_a_sample_purposes_are_told_by_the_values_alone(keep):
     assert entry_of(report, "1.weight").scheme == ("kept" if keep == "deliberate" else "constant")
 
 
+def test_the_prediction_knows_the_scale_of_a_norm_that_stays():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+    usual = init_weights(model, torch.randn(16, 8), seed=0).depth[1].forward
+    nn.init.constant_(model[1].weight, 0.1)
+    assert init_weights(model, torch.randn(16, 8), seed=0).depth[1].forward == pytest.approx(0.1 * usual, rel=1e-3)
+
+
 def test_a_table_by_position_stays():
     torch.manual_seed(0)
     model, x = relative()
