@@ -701,8 +701,9 @@ class FlowReport(Record):
 
     @property
     def measured(self) -> bool:
-        """Whether the signal of any layer was measured."""
-        return any(layer.forward_rms is not None for layer in self.layers)
+        """Whether the signal of any layer was measured, be it only between matrices that are applied by hand."""
+        between = any(matrix.backward_gain is not None for layer in self.layers for matrix in layer.matrices)
+        return between or any(layer.forward_rms is not None for layer in self.layers)
 
     @property
     def healthy(self) -> bool:

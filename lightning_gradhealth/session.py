@@ -594,7 +594,7 @@ class HealthSession:
         if self.signals.hidden:
             hidden = ", ".join(self.signals.hidden[:3]) + (", …" if len(self.signals.hidden) > 3 else "")
             return [f"signals: not measured inside compiled or scripted modules ({hidden}); see probe_compiled"]
-        if judgement.steps and not judgement.signals_seen:
+        if judgement.steps and not judgement.signals_seen and not self.signals.elsewhere:
             return ["signals: not measured (no call of the model in training was seen)"]
         return []
 

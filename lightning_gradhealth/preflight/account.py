@@ -233,12 +233,16 @@ class Account:
     def _notes(self, record: StepRecord, chain: SignalChain) -> list[str]:
         notes = list(self.first.notes)
         if self.signals is None:
-            return [*notes, "signals: not measured (no call of a module was seen)"]
+            said = any(note.startswith("signals") for note in notes)
+            return notes if said else [*notes, "signals: not measured (no call of a module was seen)"]
         if not self.first.has_loss:
             notes.append("no loss: the gradient is that of random directions at the output")
         if len(chain.points) < self.thresholds.depth_layers:
             least = self.thresholds.depth_layers
             notes.append(f"depth: not judged, the main chain has {len(chain.points)} layers; it takes {least}")
+        elif sum(bool(point.backward_rms) for point in chain.points) < 2:
+            where = chain.points[-1].name
+            notes.append(f"depth: the gradient is not judged, it is 0 before {where}; weights there that are 0 do that")
         pairs = zip(self.signals.spec.activations, self.signals.bad_units, strict=True)
         unjudged = list(dict.fromkeys(self.layout.layer_of(unit.owner) for unit, share in pairs if share is None))
         if unjudged:

@@ -115,6 +115,8 @@ def _run(model: nn.Module, run: Callable[[], Ends], scale: float, seed: int, bac
 def _notes(probe: SignalProbe) -> Iterator[str]:
     for what, why in probe.failures.items():
         yield f"{what}: not measured ({why})"
+    if probe.elsewhere:
+        yield f"signals: {probe.elsewhere}"
     if probe.hidden:
         yield f"signals: not measured inside scripted modules ({', '.join(probe.hidden)})"
 

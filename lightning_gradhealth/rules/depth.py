@@ -82,13 +82,29 @@ def judge_depth(rms: Sequence[float], *, vanishing: bool, thresholds: Thresholds
     fall, fitted = (sign * (math.log(v) if v > 0.0 else -math.inf) for v in (ratio, whole))
     if fall >= limit or fitted >= limit:
         return None
+    steepest = max(hops, key=lambda hop: sign * hop)
     if far == 0.0:  # underflow at the end of a fall, or one blocked layer with zeros behind it
         fall = math.log(min(value for value in rms if value > 0.0) / near)
-    if fall + max(sign * hop for hop in hops) >= 0.75 * limit:
+        without = fall + sign * steepest
+    else:
+        without = sign * math.log(_ratio_without(rms, steepest, quarter))
+    if without >= 0.75 * limit:
         return None
     bound = near * math.exp(sign * limit / 2)
     hit = tuple(place for place, value in enumerate(rms) if (value < bound if vanishing else value > bound))
     return DepthVerdict(ratio, gain, hit, far == 0.0 or fall < math.log(thresholds.depth_critical))
+
+
+def _ratio_without(rms: Sequence[float], hop: float, quarter: int) -> float:
+    """The far quarter over the near one, had the signal not made one of its steps; `hop` is that step's logarithm.
+
+    A step inside of a quarter that the median has left out takes nothing away: an encoder before a net that is applied
+    twice lies behind as many layers again as the chain shows.
+    """
+    pairs = enumerate(zip(rms, rms[1:], strict=False))
+    place = next(k for k, (a, b) in pairs if a > 0.0 and b > 0.0 and math.log(b / a) == hop)
+    evened = [value * math.exp(hop) for value in rms[: place + 1]] + list(rms[place + 1 :])
+    return median(evened[:quarter]) / (median(evened[-quarter:]) or max(evened[-quarter:]))
 
 
 def depth_limit(gain: float | None, ratio: float) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_gradhealth.flows import TemporalFlow
+from lightning_gradhealth.flows import SignalChain, TemporalFlow
 from lightning_gradhealth.ratios import median
 from lightning_gradhealth.records import Condition, LayerStats, Severity, StepRecord
 from lightning_gradhealth.rules.base import NOT_MEASURED, NotMeasured, Rule, Verdict
@@ -172,7 +172,8 @@ class _Temporal(Rule):
         self.memory["losses"] = self.memory.get("losses", 0) + known
         if not record.temporal:
             return NOT_MEASURED
-        hit = {name: flow for name, flow in record.temporal.items() if self._is_hit(flow)}
+        reach = max((_entering(chain) for chain in record.chains), default=0.0)
+        hit = {name: flow for name, flow in record.temporal.items() if self._is_hit(flow, reach)}
         if not hit:
             return None
         name, flow = max(hit.items(), key=lambda item: abs(math.log(item[1].gain_per_step or 1e-30)))
@@ -191,7 +192,8 @@ class _Temporal(Rule):
             evidence={"gain_per_step": flow.gain_per_step, "memory": flow.memory, "steps": steps},
         )
 
-    def _is_hit(self, flow: TemporalFlow) -> bool:
+    def _is_hit(self, flow: TemporalFlow, reach: float) -> bool:
+        """Whether it vanishes or explodes; `reach` is the norm of the gradient that enters the network."""
         limit = self.thresholds.depth_ratio
         first, last = flow.grad_norms[0], flow.grad_norms[-1]
         if flow.gain_per_step is None or not (math.isfinite(first) and last > 0.0):
@@ -199,12 +201,22 @@ class _Temporal(Rule):
         whole = flow.gain_per_step ** (len(flow.grad_norms) - 1)
         if self.vanishing:
             return max(first / last, whole) < limit
+        # of a module that a net calls again and again the last calls may hardly be read, so that the gradient comes in
+        # at the earlier ones: what stays below all that has entered has not exploded
+        if "calls" in (flow.by_layer or {}) and first <= reach:
+            return False
         return min(first / last, whole) > 1 / limit
 
     def _is_stalled(self) -> bool:
         early, late = followed_losses(self)
         enough = self.memory.get("losses", 0) >= self.thresholds.stalled_steps
         return enough and bool(late) and median(late) > (1 - self.thresholds.stalled_fall) * median(early)
+
+
+def _entering(chain: SignalChain) -> float:
+    """Norm of the gradient at the last point of a main chain; 0 where it is not known."""
+    last = chain.points[-1] if chain.points else None
+    return 0.0 if last is None or last.backward_rms is None else last.backward_rms * math.sqrt(last.size)
 
 
 class VanishingThroughTime(_Temporal):

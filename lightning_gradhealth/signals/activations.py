@@ -60,7 +60,7 @@ class SignalProbe:
         failures: What the last probe could not measure, and why: `SIGNALS`, `TEMPORAL`. After `ATTEMPTS` in a row
             nothing is measured any more.
         is_owed: Nothing came back to the last probe, although it could have: it has shown no more than activations.
-        elsewhere: Calls in further threads, or of copies of the model, were overlooked.
+        elsewhere: Calls in further threads, of copies of the model, or in transforms of torch.func were overlooked.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -296,7 +296,10 @@ class SignalProbe:
 
     def _outside(self) -> bool:
         """Whether this is a recomputation in the backward pass, a further thread, under vmap, or to be overlooked."""
-        if self._held or torch._C._functorch.peek_interpreter_stack() is not None:
+        if self._held:
+            return True
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self.elsewhere = self.elsewhere or "not measured in transforms of torch.func (vmap, grad, jvp)"
             return True
         if torch._C._current_graph_task_id() != -1:
             return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_gradhealth.norms import flat, norms, wide
+from lightning_gradhealth.norms import dense, flat, norms, wide
 from lightning_gradhealth.signals.reading import BINS, COLUMNS
 
 SMALL = 65_536  # elements that one kernel sums in float64
@@ -15,7 +15,9 @@ LOWEST = -32  # the first bin begins at 2^-32
 
 
 def norm_of(values: Tensor) -> Tensor:
-    """L2 norm, shape (), float64 where the device knows it."""
+    """L2 norm, shape (), float64 where the device knows it; of complex numbers, too."""
+    if values.is_complex():
+        values = dense(values)
     if values.device.type == "cpu" and values.numel() > SMALL:
         return norms([values], exact=False)[0]
     norm: Tensor = torch.linalg.vector_norm(values, dtype=wide(values.device))
