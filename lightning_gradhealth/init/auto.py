@@ -24,10 +24,13 @@ from lightning_gradhealth.init.prediction import Prediction
 from lightning_gradhealth.init.recurrence import input_layer, simulate
 from lightning_gradhealth.init.replay import Passage, Replayer
 from lightning_gradhealth.init.residual import factors, find_branches, resolve
+from lightning_gradhealth.init.settings import joined
 from lightning_gradhealth.init.stand_ins import small_by_class
 from lightning_gradhealth.init.surroundings import (
+    free_size,
     how_found,
     made_up_for,
+    normed,
     output_gain,
     scheme_for,
     steepness_of,
@@ -179,6 +182,7 @@ class _Adviser:
             for value in (value for index in self._factors for value in graph.stations[index].parameters):
                 self._meant.pop(id(self._trace.parameters[value]), None)
         self._critical = critical_gains(graph, self._replayer)
+        self._normed = normed(graph, self._replayer)
         self._stds: dict[int, float] = {}  # what each station's output is meant to have
         self._scales: dict[int, float] = {}  # what the forward pass multiplies a weight by, where it does
         self._sequences: dict[int, list[Tensor]] = {}
@@ -284,25 +288,29 @@ class _Adviser:
         if index in self._critical and self._fixed is None and found != "output":
             gain, found = self._critical[index], "edge of chaos"
             scheme = "delta_orthogonal" if "conv" in self._trace.events[index].name else "orthogonal"
+        size, why = 1.0, ""
         if found in ("given", "output", "edge of chaos") or transformed is not None or as_meant:
             target = gain * gain * moment
+            why = "its products are divided by the root of their number: of variance 1, as it was" if as_meant else ""
+        else:
+            size, why = free_size(self._graph, self._replayer, index, self._normed)
         distribution = ""
         if (periodic := self._waves(index, station, after)) is not None and periodic.std is not None:
             gain, found, scheme = periodic.std * math.sqrt(station.fan_in), "closed form", "lecun"
-            target, distribution = gain * gain * moment, "uniform"
-        self._stds[index] = math.sqrt(target)
+            target, distribution, size, why = gain * gain * moment, "uniform", 1.0, ""
+        self._stds[index] = math.sqrt(target) * size
         advice = Advice(
             "weight",
             fan_in=station.fan_in,
             fan_out=station.fan_out,
             scheme=scheme,
-            gain=gain,
+            gain=gain * size,
             factor=self._factors.get(index, 1.0),
             found=found,
             follows=label,
             distribution=distribution,
             meant=as_meant,
-            note="its products are divided by the root of their number: of variance 1, as it was" if as_meant else "",
+            note=why,
         )
         composed = self._composed(index, station, advice)
         for value, one in composed.items():
@@ -356,7 +364,11 @@ class _Adviser:
         scale = self._scale(station, value) if alone else 1.0
         if abs(scale - 1) > 0.01 and advice.gain is not None:
             self._scales[index] = scale
-            return replace(advice, gain=advice.gain / scale, note=f"enters the product multiplied by {scale:.4g}")
+            return replace(
+                advice,
+                gain=advice.gain / scale,
+                note=joined(advice.note, f"enters the product multiplied by {scale:.4g}"),
+            )
         return advice
 
     def _scale(self, station: Station, value: int) -> float:

@@ -11,16 +11,15 @@ from torch import Tensor, nn
 from lightning_gradhealth.init.advice import Advice, Advised
 from lightning_gradhealth.init.fans import fans
 from lightning_gradhealth.init.gains import gain, name_of, normal_nodes
+from lightning_gradhealth.init.surroundings import BEFORE_NORM, FREE
 
 NOTE = (
     "no sample was given: what follows a weight is told by the order of the modules, and activations that are called as"
     " functions are not seen; give example_inputs= to have it measured"
 )
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _STOPS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
+    *_NORMS,
     nn.MultiheadAttention,
     nn.RNNBase,
     nn.RNNCellBase,
@@ -38,6 +37,7 @@ class _Weight:
     fresh: bool = True  # it reads an input or what a norm gives
     last: bool = False
     stopped: bool = False  # a norm or the like is behind it, before the next weight
+    normed: bool = False  # it is a norm
 
 
 def by_module_order(model: nn.Module, fixed: float | None) -> Advised:
@@ -70,10 +70,13 @@ def by_module_order(model: nn.Module, fixed: float | None) -> Advised:
             value, found = fixed, "given"
         if weight.last and not weight.activations:
             value, found, target = 1.0, "output", moment
+        note = ""
+        if weight.normed and fixed is None and _is_homogeneous(weight.activations, curve):
+            value, target, note = value * FREE, target * FREE**2, BEFORE_NORM
         bends = bool(weight.activations) or moment != 1.0
         saturates = bool(curve.abs().max() < 1.2 * curve[::7].abs().quantile(0.7)) and bool(weight.activations)
         scheme = "xavier" if saturates else ("he" if bends and abs(value - 1) > 1e-3 else "lecun")
-        told = Advice("weight", scheme=scheme, gain=value, found=found, follows=label)
+        told = Advice("weight", scheme=scheme, gain=value, found=found, follows=label, note=note)
         for parameter in weight.module.parameters(recurse=False):
             advice.setdefault(id(parameter), told)
         moment = after * target
@@ -87,6 +90,7 @@ def _weights(model: nn.Module) -> list[_Weight]:
         if isinstance(module, _STOPS):
             fresh = True
             if found:
+                found[-1].normed = found[-1].normed or (isinstance(module, _NORMS) and not found[-1].stopped)
                 found[-1].stopped = True
         elif type(module) in fans.registry or any(kind in fans.registry for kind in type(module).__mro__[:-2]):
             found.append(_Weight(module, fresh=fresh))

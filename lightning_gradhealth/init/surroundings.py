@@ -3,9 +3,84 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 
 from lightning_gradhealth.init.gains import name_of, normal_nodes
-from lightning_gradhealth.init.replay import Passage
+from lightning_gradhealth.init.replay import Passage, Replayer
+from lightning_gradhealth.tracing import Graph
+
+FREE = 1 / math.sqrt(3)  # what torch's own layers begin with in units of 1 / sqrt(fan_in)
+BEFORE_NORM = f"times {FREE:.3g}: a norm takes its scale, only its size beside the learning rate counts"
+DEVIATION = math.sqrt(0.1)  # of a factor from 1: so it adds a tenth to the variance of what it multiplies
+
+
+def free_size(graph: Graph, replayer: Replayer, index: int, normed: Set[int]) -> tuple[float, str]:
+    """A factor on the std of a weight whose scale the forward pass leaves open, and why; 1 where it does not.
+
+    Behind a norm the size of a weight changes nothing but what a step of the optimizer does to it: the learning rate
+    that counts is the rate over the size, or its square. Usual rates were found for layers as torch makes them, of
+    variance 1 / (3 fan_in), and so the weight gets a third of the variance, too. What makes a factor near 1 for another
+    signal, as adaptive norms and FiLM do, begins with small deviations from it, so that the signal is kept.
+
+    Paper: van Laarhoven 2017 (arXiv:1706.05350) for the rate; Peebles and Xie 2023 (arXiv:2212.09748) for adaptive
+    norms, which begin at 1 exactly.
+
+    Args:
+        graph: The recorded forward pass.
+        replayer: Its replayer.
+        index: The weight's station.
+        normed: What `normed` has found.
+    """
+    if _makes_factor(graph, replayer, index):
+        return DEVIATION, f"times {DEVIATION:.3g}: it makes a factor near 1"
+    if index in normed:
+        return FREE, BEFORE_NORM
+    return 1.0, ""
+
+
+def normed(graph: Graph, replayer: Replayer) -> frozenset[int]:
+    """The weights and sums that norms read, and beside them nothing but the model's end, before anything that bends.
+
+    Args:
+        graph: The recorded forward pass.
+        replayer: Its replayer.
+    """
+    end, found = len(graph.trace.events), set[int]()
+    finals: dict[int, list[int]] = {}
+    for value, sources in graph.final.items():
+        for source in sources:
+            finals.setdefault(source, []).append(value)
+    for index in sorted((s for s, at in graph.stations.items() if at.kind in ("weight", "merge")), reverse=True):
+        readers = [(value, reader) for reader, value in graph.consumers[index]]
+        ends = [(value, end) for value in finals.get(index, ())]
+        if readers and all(_is_normed(graph, replayer, index, *reader, found) for reader in readers + ends):
+            found.add(index)
+    return frozenset(found)
+
+
+def _is_normed(graph: Graph, replayer: Replayer, index: int, value: int, reader: int, found: Set[int]) -> bool:
+    """Whether a reader gets a signal whose scale is gone, or hands it on to such."""
+    passage = replayer.passage(value, reader)
+    if passage.invariant:
+        return True
+    if passage.sources != {index} or not passage.homogeneous:
+        return False
+    kind = graph.stations[reader].kind if reader in graph.stations else "end"
+    return kind in ("norm", "end") or (kind == "merge" and reader in found)
+
+
+def _makes_factor(graph: Graph, replayer: Replayer, index: int) -> bool:
+    """Whether what a weight gives multiplies another signal that passes without it, too: as 1 + what it gives."""
+    for reader, value in graph.consumers[index]:
+        passage = replayer.passage(value, reader)
+        others = passage.sources - {index}
+        if not others or passage.averages or not passage.replayed:
+            continue
+        alone = replayer.passage(value, reader, dict.fromkeys(others, 1e-4))
+        without = replayer.passage(value, reader, {index: 1e-4})
+        if alone.moment < 1e-4 * passage.moment and without.moment > 0.1 * passage.moment:
+            return True
+    return False
 
 
 def made_up_for(passage: Passage) -> float:
