@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import re
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from zoo.checks import Result, examine_named
@@ -24,11 +24,11 @@ def main() -> int:
     given = parser.parse_args()
     names = [name for name in architectures() if re.search(given.only, name)]
     results: list[Result] = []
-    # a fresh process each: what a library leaves behind, or a crash of it, is nobody else's
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.jobs, mp_context=context, max_tasks_per_child=20) as pool:
-        for done in as_completed([pool.submit(examine_named, name, given.seeds) for name in names]):
-            results.append(done.result())
+    run = functools.partial(examine_named, seeds=given.seeds)
+    # a fresh process after some: what libraries keep adds up
+    with multiprocessing.get_context("spawn").Pool(given.jobs, maxtasksperchild=20) as pool:
+        for result in pool.imap_unordered(run, names):
+            results.append(result)
             print(line(results[-1]), flush=True)
             if given.json is not None:
                 given.json.write_text(as_json(results))
