@@ -137,7 +137,7 @@ def basic(kind: type[nn.Module], **options: Any) -> nn.Module:
 
 
 ARCHITECTURES = (
-    Architecture("torch_geometric/GCN", "graph", lambda: basic(pyg.GCN), classes_of_nodes, CROSS),
+    Architecture("torch_geometric/GCN", "graph", lambda: basic(pyg.GCN), classes_of_nodes, CROSS, daily=True),
     Architecture("torch_geometric/GraphSAGE", "graph", lambda: basic(pyg.GraphSAGE), classes_of_nodes, CROSS),
     Architecture("torch_geometric/GAT", "graph", lambda: basic(pyg.GAT, heads=2), classes_of_nodes, CROSS),
     Architecture("torch_geometric/GIN", "graph", lambda: basic(pyg.GIN, norm="batch_norm"), classes_of_nodes, CROSS),

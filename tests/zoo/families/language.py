@@ -74,10 +74,17 @@ def _translating(kind: str, **options: Any) -> Architecture:
 
 
 def _other(
-    kind: str, family: str, auto: str, batch: Callable[[], Any], loss: Callable[[Any, Any], Tensor], **options: Any
+    kind: str,
+    family: str,
+    auto: str,
+    batch: Callable[[], Any],
+    loss: Callable[[Any, Any], Tensor],
+    uncovered: str = "",
+    **options: Any,
 ) -> Architecture:
     """Images or sounds."""
-    return Architecture(f"transformers/{kind}", family, _built(kind, auto, **options), batch, loss, kind in _DAILY)
+    model = _built(kind, auto, **options)
+    return Architecture(f"transformers/{kind}", family, model, batch, loss, uncovered=uncovered)
 
 
 _DAILY = {"GPT2", "Mixtral", "T5"}
@@ -231,6 +238,14 @@ ARCHITECTURES = (
         decoder_intermediate_size=32,
     ),
     _other(
-        "Dinov2", "vision", "AutoModelForImageClassification", _images, _class, **_SMALL, image_size=32, patch_size=8
+        "Dinov2",
+        "vision",
+        "AutoModelForImageClassification",
+        _images,
+        _class,
+        r".*mask_token",
+        **_SMALL,
+        image_size=32,
+        patch_size=8,
     ),
 )

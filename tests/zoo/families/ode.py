@@ -141,7 +141,7 @@ def all_alike(outputs: Tensor, target: Tensor) -> Tensor:
 
 ARCHITECTURES = (
     Architecture("torchdiffeq/dopri5", "ode", lambda: NeuralODE("dopri5"), spirals, MSE),
-    Architecture("torchdiffeq/rk4", "ode", lambda: NeuralODE("rk4"), spirals, MSE),
+    Architecture("torchdiffeq/rk4", "ode", lambda: NeuralODE("rk4"), spirals, MSE, daily=True),
     Architecture("torchdiffeq/adjoint", "ode", lambda: NeuralODE("dopri5", adjoint=True), spirals, MSE),
     Architecture("torchdiffeq/between layers", "ode", Between, spirals, MSE),
     Architecture("by hand/Euler", "ode", Euler, spirals, MSE),

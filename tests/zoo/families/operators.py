@@ -189,7 +189,7 @@ def kan() -> nn.Module:
 
 
 ARCHITECTURES = (
-    Architecture("neuralop/FNO", "operator", fno, fields, MSE),
+    Architecture("neuralop/FNO", "operator", fno, fields, MSE, daily=True),
     Architecture("neuralop/FNO, one dimension", "operator", fno_of_lines, lines, MSE),
     Architecture("neuralop/TFNO", "operator", tfno, fields, MSE),
     Architecture("neuralop/UNO", "operator", uno, fields, MSE),

@@ -216,7 +216,7 @@ ARCHITECTURES = (
     Architecture("by hand/MoCo", "two views", MoCo, views, itself),
     Architecture("by hand/BYOL", "two views", BYOL, views, itself),
     Architecture("by hand/SimCLR", "two views", SimCLR, views, itself),
-    Architecture("by hand/Siamese", "two views", Siamese, pairs, contrastive),
+    Architecture("by hand/Siamese", "two views", Siamese, pairs, contrastive, daily=True),
     Architecture("by hand/gMLP", "vision", GatedMLP, pictures, CROSS),
     Architecture("by hand/ActNorm", "other", actnorm, rows, CROSS),
     Architecture("by hand/hypernetwork", "other", HyperNet, tasks, functional.mse_loss),
