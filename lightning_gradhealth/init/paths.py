@@ -33,6 +33,7 @@ class Path:
         self.stds = {source: std for source, std in stds.items() if source in self.sources and std != 1.0}
         self.order = sorted(self.sources)
         self.runs = 0
+        self._averages: int | None = None
         self.filled: set[int] = set()  # memory that the signal is written into
         self._live = {self.trace.base[value] for source in self.sources for value in self.begins(source)}
         for index in self.events:
@@ -79,6 +80,11 @@ class Path:
 
     def averages(self) -> int:
         """Over how many positions the last product of two signals sums; 0 without one."""
+        if self._averages is None:
+            self._averages = self._averaged()
+        return self._averages
+
+    def _averaged(self) -> int:
         found = 0
         for index in self.events:
             event = self.trace.events[index]
@@ -157,7 +163,7 @@ class WeightPath(Path):
         self.graph, self.trace = graph, graph.trace
         self.value = -1 if station.operand is None else station.operand
         self.events, self.sources, self.stds, self.order, self._live = events, frozenset(), {}, [], set()
-        self.runs, self.filled = 0, set()
+        self.runs, self.filled, self._averages = 0, set(), None
 
 
 class Run:

@@ -60,7 +60,7 @@ class Prediction:
             stds: Standard deviation of every weight, by the identity of the parameter.
             names: Names of the parameters, by identity.
         """
-        self._replayer.allow()
+        self._replayer.allow(0.25)  # no weight depends on it
         left = self._replayer.left
         flow = self.flow(stds)
         if self._replayer.left > left:

@@ -23,6 +23,7 @@ ENOUGH = 1 << 18  # random numbers that a moment is taken from: their error is b
 TOO_MANY = 1 << 25  # elements of one value above which nothing is replayed
 BUDGET = 1 << 21  # elements of all values on the way, over all draws; one draw may cost more
 DRAWS = 1 << 10
+MANY_PATHS = 64  # that are measured as exactly as can be; of the next as many each gets half of the numbers, and so on
 TINY = 1e-3  # a signal that an odd activation passes as a straight line
 ONE_BY_ONE = 1 << 13  # operations of all draws, where they cannot be run at once: some tenths of a second
 # operations that are executed for one recording: no clock, so that weights are the same on all machines and ranks
@@ -90,14 +91,14 @@ class Replayer:
         self._asked: dict[Any, Passage] = {}
         self._known: dict[Any, Passage] = {}  # by what the path does
         self._keep: list[Any] = []  # what the keys name by identity must not be freed meanwhile
-        self.executed = 0
+        self.executed = self._measured = 0
         self.left = 0  # paths that were not replayed: too long, or too many before
         self._allowed = 0
         self.allow()
 
-    def allow(self) -> None:
-        """Begin another part of the work, which may execute as many operations as the one before was allowed."""
-        self._allowed = self.executed + ALLOWED + ALLOWED_EACH * len(self._trace.events)
+    def allow(self, share: float = 1.0) -> None:
+        """Begin another part of the work, which may execute this share of the operations that are allowed."""
+        self._allowed = self.executed + int(share * (ALLOWED + ALLOWED_EACH * len(self._trace.events)))
 
     def passage(self, value: int, at: int, stds: Mapping[int, float] | None = None) -> Passage:
         """What becomes of the signal on its way to `value`, as event `at` reads it.
@@ -262,7 +263,9 @@ class Replayer:
         largest = path.largest()
         if largest > TOO_MANY:
             return None
-        draws = max(1, min(ENOUGH // max(path.numel(), 1), BUDGET // max(path.total(), 1), DRAWS))
+        self._measured += 1
+        share = 1 + self._measured // MANY_PATHS  # of what one path may cost, where there are many
+        draws = max(1, min(ENOUGH // share // max(path.numel(), 1), BUDGET // share // max(path.total(), 1), DRAWS))
         generator = torch.Generator("cpu").manual_seed(0)
         leaves = {
             value: noise(path, source, value, draws, generator).requires_grad_()
@@ -273,9 +276,10 @@ class Replayer:
             values = self._run_all(path, leaves)
             cotangent = torch.randn(values.shape, generator=generator, device="cpu", dtype=values.dtype)
             found = torch.autograd.grad(values, list(leaves.values()), cotangent, allow_unused=True)
+        by_value = dict(zip(leaves, found, strict=True))
         slopes = dict.fromkeys(path.sources, 0.0)
         for source in slopes:
-            mine = [g for v, g in zip(leaves, found, strict=True) if v in path.begins(source) and g is not None]
+            mine = [gradient for value in path.begins(source) if (gradient := by_value.get(value)) is not None]
             slopes[source] = _mean_square(torch.cat([gradient.flatten() for gradient in mine])) if mine else 0.0
         moment = _mean_square(values.detach())
         if not math.isfinite(moment):
