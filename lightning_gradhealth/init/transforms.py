@@ -33,8 +33,9 @@ def moment_before_transform(
     """
     trace = graph.trace
     (read, *_) = station.reads
-    if not trace.dtypes[read].is_complex:
-        return None
+    (given, *_) = trace.events[station.event].outputs
+    if not (trace.dtypes[read].is_complex and trace.dtypes[given].is_complex):
+        return None  # where real numbers come out, the inverse is a part of the operation
     events, _ = graph.between(read, station.event)
     steps = [index for index in events if graph.sources(trace.events[index].outputs[0], index + 1)]
     complex_ = [index for index in steps if trace.dtypes[trace.events[index].outputs[0]].is_complex]

@@ -106,6 +106,8 @@ def use_of(function: Function, data: Tensor, weight: Tensor) -> Use:
             return Use("unknown", why="neither linear in it nor element by element")
         reached = _reached(mixed, x, w)
     size = math.sqrt(_slopes(function, signs(data), w).square / slopes.number)
+    if weight.is_complex() and not first.is_complex():
+        size /= math.sqrt(2)  # one part of a number has half of its variance
     return Use("product", slopes.number / slopes.outputs, reached, size)
 
 

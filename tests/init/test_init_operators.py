@@ -138,6 +138,11 @@ def chosen(self, x):
     return torch.bmm(x.unsqueeze(1), self.w[(x.sum(-1) > 0).long()]).squeeze(1)
 
 
+def by_spectrum(self, x):
+    hidden = torch.fft.irfft(torch.fft.rfft(x.unsqueeze(1)) * torch.fft.rfft(self.w), n=WIDTH)
+    return F.relu(hidden).flatten(1) @ self.out
+
+
 CONTRACTIONS = {
     "a product and a sum": (by_hand, (WIDTH, OUT), WIDTH, 1),
     "a product and a mean": (averaged, (OUT, WIDTH), WIDTH, 1 / WIDTH),
@@ -160,6 +165,13 @@ def test_contractions_by_other_means(name):
     found = entry(model, torch.randn(8, WIDTH))
     assert (found.rule, found.fan) == ("traced", fan)
     assert float(model.w.detach().std()) * scale * math.sqrt(fan) == pytest.approx(1, rel=0.15)
+
+
+def test_a_convolution_by_its_spectrum_keeps_the_variance():
+    model = Calls(by_spectrum, w=table(OUT, WIDTH), out=table(OUT * WIDTH, 2))
+    found = entry(model, torch.randn(8, WIDTH))
+    assert found.rule == "traced"
+    assert float(model.w.detach().std()) * math.sqrt(WIDTH) == pytest.approx(math.sqrt(2), rel=0.15)
 
 
 SCALES = {
