@@ -1,6 +1,6 @@
 """Where the crude ratio of gradients, first weight to last, cries and `diagnose` does not: why that is right.
 
-Each reason was settled by the gradients at the outputs of the layers: on the main chain the signal goes through.
+The gradients at the outputs of the layers settle it: on the main chain the signal goes through.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zoo.registry import architectures
 
 BEYOND = 1e3
 QUIET = {  # a regular expression of names -> why
-    "beit|eva02": "the first weight is a class token, of which a head that reads the mean hears through attention only",
+    "beit|eva02": "a head of tiny weights: all blocks get the same small gradient, its own weight a large one",
     "Rwkv|rwkv": "tiny embeddings before a norm: what it scales up on the way forth it scales up on the way back, too",
 }
 ALL = architectures()
