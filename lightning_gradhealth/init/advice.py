@@ -23,7 +23,9 @@ class Advice:
         fan_out: Terms an input's gradient sums; None: not traced.
         scheme: The scheme that `scheme="auto"` takes: "he", "xavier", "lecun", "orthogonal" or
             "delta_orthogonal"; "" where nothing is known.
-        gain: Its gain, without `factor`; None where nothing is known.
+        gain: Its gain, without `size` and `factor`; None where nothing is known.
+        size: What scheme "auto" multiplies the std by where the forward pass leaves the scale open.
+        why_size: Why it does.
         factor: What `residual=` multiplies the std by: 1 outside residual branches, 0 sets the weight to zero.
         found: How the gain was found: "closed form", "quadrature", "replayed", "module order", "output",
             "edge of chaos", "given", "assumed".
@@ -39,6 +41,8 @@ class Advice:
     fan_out: float | None = None
     scheme: str = ""
     gain: float | None = None
+    size: float = 1.0
+    why_size: str = ""
     factor: float = 1.0
     found: str = ""
     follows: str = ""

@@ -288,29 +288,30 @@ class _Adviser:
         if index in self._critical and self._fixed is None and found != "output":
             gain, found = self._critical[index], "edge of chaos"
             scheme = "delta_orthogonal" if "conv" in self._trace.events[index].name else "orthogonal"
-        size, why = 1.0, ""
+        size, why_size = 1.0, ""
         if found in ("given", "output", "edge of chaos") or transformed is not None or as_meant:
             target = gain * gain * moment
-            why = "its products are divided by the root of their number: of variance 1, as it was" if as_meant else ""
         else:
-            size, why = free_size(self._graph, self._replayer, index, self._normed)
+            size, why_size = free_size(self._graph, self._replayer, index, self._normed)
         distribution = ""
         if (periodic := self._waves(index, station, after)) is not None and periodic.std is not None:
             gain, found, scheme = periodic.std * math.sqrt(station.fan_in), "closed form", "lecun"
-            target, distribution, size, why = gain * gain * moment, "uniform", 1.0, ""
+            target, distribution, size, why_size = gain * gain * moment, "uniform", 1.0, ""
         self._stds[index] = math.sqrt(target) * size
         advice = Advice(
             "weight",
             fan_in=station.fan_in,
             fan_out=station.fan_out,
             scheme=scheme,
-            gain=gain * size,
+            gain=gain,
+            size=size,
+            why_size=why_size,
             factor=self._factors.get(index, 1.0),
             found=found,
             follows=label,
             distribution=distribution,
             meant=as_meant,
-            note=why,
+            note="its products are divided by the root of their number: of variance 1, as it was" if as_meant else "",
         )
         composed = self._composed(index, station, advice)
         for value, one in composed.items():
@@ -450,7 +451,7 @@ class _Adviser:
     def _advise(self, value: int, advice: Advice) -> None:
         parameter = self._trace.parameters[value]
         known = self._advice.setdefault(id(parameter), advice)
-        if known is advice or known.gain is None or advice.gain is None or known.gain == advice.gain:
+        if known is advice or known.gain is None or advice.gain is None or _weakest(known) == _weakest(advice):
             return
         # of several uses the smallest gain holds: it is what a loop comes to, whose state is 0 at first
         chosen, other = sorted((known, advice), key=_weakest)
@@ -493,4 +494,4 @@ class _Adviser:
 
 def _weakest(advice: Advice) -> tuple[bool, float]:
     """The order in which the advice of several uses holds."""
-    return not advice.meant, (advice.gain or 0.0) / math.sqrt(advice.fan_in or 1.0)
+    return not advice.meant, (advice.gain or 0.0) * advice.size / math.sqrt(advice.fan_in or 1.0)

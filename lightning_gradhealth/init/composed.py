@@ -22,6 +22,7 @@ from lightning_gradhealth.init.handlers import WEIGHTED
 from lightning_gradhealth.init.paths import UNREPLAYABLE, WeightPath
 from lightning_gradhealth.init.replay import Replayer
 from lightning_gradhealth.init.schemes import SCHEMES
+from lightning_gradhealth.init.settings import joined
 from lightning_gradhealth.tracing import Graph, Station, Trace
 
 LARGEST = 1 << 26  # elements of the weights that are compared at once: 256 MiB
@@ -84,6 +85,10 @@ class Composition:
             station: The weight.
             advice: What holds for the weight.
         """
+        if advice.gain is not None:  # of the weight as a whole: its parameters share it
+            advice = replace(
+                advice, gain=advice.gain * advice.size, size=1.0, note=joined(advice.note, advice.why_size)
+            )
         found = {value: Advice("state", note=why) for value, why in self.kept.items()}
         keep = "0 at the start: one part of a weight that is made of several parameters"
         found.update({value: replace(advice, keep=keep) for value in self.zeros})

@@ -70,13 +70,13 @@ def by_module_order(model: nn.Module, fixed: float | None) -> Advised:
             value, found = fixed, "given"
         if weight.last and not weight.activations:
             value, found, target = 1.0, "output", moment
-        note = ""
+        size, why_size = 1.0, ""
         if weight.normed and fixed is None and _is_homogeneous(weight.activations, curve):
-            value, target, note = value * FREE, target * FREE**2, BEFORE_NORM
+            size, target, why_size = FREE, target * FREE**2, BEFORE_NORM
         bends = bool(weight.activations) or moment != 1.0
         saturates = bool(curve.abs().max() < 1.2 * curve[::7].abs().quantile(0.7)) and bool(weight.activations)
         scheme = "xavier" if saturates else ("he" if bends and abs(value - 1) > 1e-3 else "lecun")
-        told = Advice("weight", scheme=scheme, gain=value, found=found, follows=label, note=note)
+        told = Advice("weight", scheme=scheme, gain=value, size=size, why_size=why_size, found=found, follows=label)
         for parameter in weight.module.parameters(recurse=False):
             advice.setdefault(id(parameter), told)
         moment = after * target

@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What comes of the settings for one parameter; `factor` is that of a residual branch."""
+    """What comes of the settings for one parameter; `factor` is that of a residual branch and of a free size."""
 
     scheme: Scheme
     distribution: str
@@ -56,25 +56,27 @@ class Recipe:
 
 def recipe(settings: Settings, advice: Advice | None, gain: float | None) -> Recipe:
     """Join settings, advice and the gain that an initializer asks for (None: it leaves that open)."""
-    scheme, found, follows = settings.scheme, "", ""
+    scheme, found, follows, size = settings.scheme, "", "", 1.0
     factor = 1.0 if advice is None else advice.factor
     if scheme is AUTO:
         scheme = LECUN if advice is None or not advice.scheme else SCHEMES[advice.scheme]
         if settings.fixed_gain is None and gain is None and advice is not None and advice.gain is not None:
-            gain, found, follows = advice.gain, advice.found, advice.follows
+            gain, found, follows, size = advice.gain, advice.found, advice.follows, advice.size
     if settings.fixed_gain is not None:
         gain, factor, found = settings.fixed_gain, 1.0, OVERRIDE
     drawn = advice is not None and advice.role in ("weight", "lookup")
     notes = [settings.note, advice.note if advice is not None and drawn else ""]
     if factor not in (0.0, 1.0):
         notes.append(f"std times {factor:.3g} for its residual branch")
+    if advice is not None and size != 1:
+        notes.append(f"std times {size:.3g}: {advice.why_size}")
     return Recipe(
         scheme=scheme,
         distribution=_distribution(settings, advice),
         mode=settings.mode or scheme.mode,
         gain=settings.gain if gain is None else gain,
         gamma=settings.gamma,
-        factor=factor,
+        factor=factor * size,
         found=found,
         follows=follows,
         note=joined(*notes),

@@ -10,7 +10,7 @@ from lightning_gradhealth.init.replay import Passage, Replayer
 from lightning_gradhealth.tracing import Graph
 
 FREE = 1 / math.sqrt(3)  # what torch's own layers begin with in units of 1 / sqrt(fan_in)
-BEFORE_NORM = f"times {FREE:.3g}: a norm takes its scale, only its size beside the learning rate counts"
+BEFORE_NORM = "a norm takes its scale, only its size beside the learning rate counts"
 DEVIATION = math.sqrt(0.1)  # of a factor from 1: so it adds a tenth to the variance of what it multiplies
 
 
@@ -32,7 +32,7 @@ def free_size(graph: Graph, replayer: Replayer, index: int, normed: Set[int]) ->
         normed: What `normed` has found.
     """
     if _makes_factor(graph, replayer, index):
-        return DEVIATION, f"times {DEVIATION:.3g}: it makes a factor near 1"
+        return DEVIATION, "it makes a factor near 1"
     if index in normed:
         return FREE, BEFORE_NORM
     return 1.0, ""
@@ -78,7 +78,8 @@ def _makes_factor(graph: Graph, replayer: Replayer, index: int) -> bool:
             continue
         alone = replayer.passage(value, reader, dict.fromkeys(others, 1e-4))
         without = replayer.passage(value, reader, {index: 1e-4})
-        if alone.moment < 1e-4 * passage.moment and without.moment > 0.1 * passage.moment:
+        without_any = 0.1 * passage.moment < without.moment < 0.9 * passage.moment  # a tie that does nothing is none
+        if alone.moment < 1e-4 * passage.moment and without_any:
             return True
     return False
 

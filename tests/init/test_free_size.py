@@ -16,7 +16,11 @@ THIRD = 1 / math.sqrt(3)
 
 def gains(model: nn.Module, *inputs: torch.Tensor, **more: object) -> dict[str, float]:
     report = init_weights(model, inputs, seed=0, dry_run=True, **more)
-    return {e.name.removesuffix(".weight"): e.gain for e in report.entries if e.gain is not None}
+    return {
+        e.name.removesuffix(".weight"): e.target_std * math.sqrt(e.fan)
+        for e in report.entries
+        if e.target_std and e.fan
+    }
 
 
 class Block(nn.Module):

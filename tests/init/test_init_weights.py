@@ -185,10 +185,11 @@ def test_uncovered_ignore_is_silent_and_skip_covers():
     assert not init_weights(Patches(), scheme="he", skip=skip, on_uncovered="raise").uncovered
 
 
-def test_complex_parameters_are_uncovered():
-    model = nn.Linear(3, 3, dtype=torch.complex64)
-    with pytest.warns(UserWarning, match="complex numbers"):
-        init_weights(model, scheme="he")
+def test_complex_weights_have_half_of_the_variance_in_each_part():
+    model = nn.Linear(200, 300, dtype=torch.complex64)
+    init_weights(model, scheme="he", seed=0)
+    for part in (model.weight.real, model.weight.imag):
+        assert float(part.detach().square().mean()) == pytest.approx(1 / 200, rel=0.03)
 
 
 # --- initializers of one's own -----------------------------------------------------------------------------
