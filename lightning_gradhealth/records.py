@@ -786,8 +786,8 @@ class InitEntry(Record):
         name: The parameter's name; a block's in brackets behind it, as in `rnn.weight_ih_l0[forget]`.
         module: Class of the module that owns it.
         shape: Shape of the parameter or block.
-        rule: The handler that decided: "Linear", "LSTM", a registered initializer's name; "frozen", "skipped",
-            "integer" or "uncovered" where none did.
+        rule: The handler that decided: "Linear", "LSTM", a registered initializer's name; "copy" (frozen, of a trained
+            parameter), "frozen", "skipped", "integer" or "uncovered" where none did.
         scheme: "he", "xavier", "lecun", "orthogonal", "constant", "custom" (a function of one's own) or "kept".
         distribution: "normal", "uniform", "truncated_normal", or "" where nothing was drawn.
         fan: The fan that std was computed from (None where there is none).

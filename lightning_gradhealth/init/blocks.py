@@ -18,12 +18,16 @@ Draw = Callable[[Tensor, torch.Generator], object]
 
 @dataclass(frozen=True)
 class Block:
-    """What is to be done to a parameter or to a stretch of it along one axis; without `draw` it is left alone."""
+    """What is to be done to a parameter or to a stretch of it along one axis; without `draw` it is left alone.
+
+    `stream` names the random numbers of another block, of which this one gets a copy ("": it has its own).
+    """
 
     entry: InitEntry
     draw: Draw | None
     axis: int = 0
     rows: slice | None = None
+    stream: str = ""
 
     def part(self, tensor: Tensor) -> Tensor:
         """The stretch of a tensor of the parameter's shape that this block sets: the same memory."""
@@ -56,7 +60,7 @@ def whole(target: Tensor, blocks: Sequence[Block], padding: int | None, seed: in
             part.copy_(block.part(target.detach()))
             continue
         drawn = torch.full(part.shape, torch.nan, dtype=numbers.dtype, device="cpu")
-        block.draw(drawn, generator(seed, block.entry.name))
+        block.draw(drawn, generator(seed, block.stream or block.entry.name))
         part.copy_(drawn)
         if padding is not None:
             part[padding] = 0.0 if target.is_meta or is_sharded(target) else target.detach()[padding].to(part)

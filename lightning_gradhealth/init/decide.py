@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from lightning_gradhealth.init.advice import Advice, Advised
 from lightning_gradhealth.init.blocks import Block, check_blocks
 from lightning_gradhealth.init.context import InitContext
+from lightning_gradhealth.init.deliberate import copies_in
 from lightning_gradhealth.init.handlers import reaches, visit
 from lightning_gradhealth.init.overrides import Override, assign, settings_by
 from lightning_gradhealth.init.owned import Owned
@@ -58,7 +59,8 @@ def decide(
             context.keep_meant(owned.module)
         if context.is_open(owned.parameter):
             _settle_last(context, owned, chosen.get(owned.name))
-    return {owned.name: _finished(context, owned) for owned in parameters}
+    decided = {owned.name: _finished(context, owned) for owned in parameters}
+    return decided | _copied(model, parameters, decided)
 
 
 def _why_left(owned: Owned, skip: Sequence[re.Pattern[str]]) -> tuple[str, str] | None:
@@ -153,6 +155,30 @@ def _draw_overridden(context: InitContext, owned: Owned, known: Advice | None, o
             f"{override.argument} cannot draw {owned.name!r} with the shape {tuple(owned.parameter.shape)} ({error});"
             ' give its standard deviation, {"std": ...}, or a {"value": ...}'
         ) from error
+
+
+def _copied(
+    model: nn.Module, parameters: Sequence[Owned], decided: Mapping[str, list[Block]]
+) -> dict[str, list[Block]]:
+    """The blocks of frozen copies of what is drawn, by name: they get the same numbers, to be copies still."""
+    by_identity, sources, found = {id(owned.parameter): owned for owned in parameters}, copies_in(model), {}
+    for owned in parameters:
+        source = by_identity.get(id(sources.get(id(owned.parameter))))
+        left_as_frozen = decided[owned.name][0].entry.rule == "frozen" and not hasattr(owned.parameter, "_no_reinit")
+        if source is None or not left_as_frozen or all(block.draw is None for block in decided[source.name]):
+            continue
+        note = f"a frozen copy of {source.name}, and so still"
+        found[owned.name] = [
+            replace(
+                block,
+                entry=replace(
+                    block.entry, name=block.entry.name.replace(source.name, owned.name, 1), rule="copy", note=note
+                ),
+                stream=block.entry.name,
+            )
+            for block in decided[source.name]
+        ]
+    return found
 
 
 def _finished(context: InitContext, owned: Owned) -> list[Block]:

@@ -55,6 +55,11 @@ class Part:
         entry = self.blocks[0].entry
         return f"{entry.rule}: {entry.note}" if entry.note else entry.rule
 
+    @property
+    def copied_from(self) -> str:
+        """The name of the parameter of which it is a copy; "" for what is drawn by itself."""
+        return self.blocks[0].stream.partition("[")[0]
+
     def scale(self) -> float | None:
         """The root mean square that the weight will have; None where nobody knows yet."""
         if not self.sets:
@@ -131,7 +136,8 @@ def target_of(owned: Owned, blocks: Sequence[Block], advice: Mapping[int, Advice
     scaled = all(block.entry.fan is not None and block.entry.target_std for block in blocks)
     chosen = any(block.entry.found == OVERRIDE for block in blocks)
     table = blocks[0].entry.rule in ("Embedding", "EmbeddingBag") or (known is not None and known.role != "weight")
-    return None if chosen or table or not scaled else (1.0 if known is None else known.factor)
+    copied = bool(blocks[0].stream)
+    return None if chosen or table or copied or not scaled else (1.0 if known is None else known.factor)
 
 
 def _rms(values: Tensor) -> float:

@@ -67,8 +67,9 @@ def init_weights(
     projection; embeddings have variance 1 (1 / width where a norm takes their scale). A tied parameter is drawn once,
     as the weight of a layer where it is one.
     Weights under weight_norm, spectral_norm, pruning and other parametrizations are written through them. A padding
-    row, buffers, frozen parameters, those with the attribute `_no_reinit`, and state that is no weight (a scale, a
-    gate, a table of positions) or was set on purpose (see `keep`) stay as they are, and are listed.
+    row, buffers, frozen parameters (copies of trained ones get the same numbers), those with the attribute
+    `_no_reinit`, and state that is no weight (a scale, a gate, a table of positions) or was set on purpose (see `keep`)
+    stay as they are, and are listed.
 
     Each parameter has random numbers of its own, made from the seed and its name: the order of the modules,
     device, dtype, memory format and sharding change nothing.
@@ -265,6 +266,10 @@ class InitPlan:
                     part.write(seed)
             found = None if self._calibrate is None else calibrate_weights(self._model, self._calibrate, targets, seed)
             with torch.no_grad():
+                drawn = {part.owned.name: part.owned for part in parts}
+                for part in parts if found is not None else ():
+                    if part.copied_from in drawn:  # rescaled since
+                        part.owned.write(drawn[part.copied_from].present(), seed)
                 entries = in_order(self._model, parts, measured=True, lr=self._lr)
         report = replace(self._bare, entries=entries, applied=True)
         if lost:
