@@ -36,7 +36,7 @@ def test_work_is_linear_in_the_length_of_the_recording(kind: str, monkeypatch: p
     monkeypatch.setattr(replay, "ALLOWED", 1 << 11)
     for module in (paths, residual):
         monkeypatch.setattr(module, "LONGEST", 1 << 7)
-    shorter, longer = (work(monkeypatch, kind, operations) for operations in (300, 900))
+    shorter, longer = (work(monkeypatch, kind, operations) for operations in (900, 2700))
     times = longer[0] / shorter[0]
     assert 2.5 < times < 3.5
     for recorded, visited, executed, _ in (shorter, longer):
@@ -47,7 +47,8 @@ def test_work_is_linear_in_the_length_of_the_recording(kind: str, monkeypatch: p
 
 
 def test_what_a_bound_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "ALLOWED", 0)
+    for bound in ("ALLOWED", "ALLOWED_EACH"):
+        monkeypatch.setattr(replay, bound, 0)
     *_, report = work(monkeypatch, "scan", 400)
     assert any("not predicted: the forward pass is too long" in note for note in report.notes)
     assert report.depth == ()
