@@ -137,6 +137,7 @@ class Path:
         for index in sorted({*self.events, *self.order}):
             if index == INPUT:
                 parts += [("input", local(value)) for value in self.trace.inputs]
+                parts.append(("scale", self.stds.get(INPUT, 1.0)))
                 continue
             event = self.trace.events[index]
             outputs = tuple(map(local, event.outputs))

@@ -71,15 +71,20 @@ def _is_normed(graph: Graph, replayer: Replayer, index: int, value: int, reader:
 
 def _makes_factor(graph: Graph, replayer: Replayer, index: int) -> bool:
     """Whether what a weight gives multiplies another signal that passes without it, too: as 1 + what it gives."""
-    for reader, value in graph.consumers[index]:
+    end = [(len(graph.trace.events), value) for value in graph.ends.get(index, ())]
+    for reader, value in graph.consumers[index] + end:
         passage = replayer.passage(value, reader)
         others = passage.sources - {index}
-        if not others or passage.averages or not passage.replayed:
+        if not others or not passage.replayed:
             continue
         alone = replayer.passage(value, reader, dict.fromkeys(others, 1e-4))
         without = replayer.passage(value, reader, {index: 1e-4})
-        without_any = 0.1 * passage.moment < without.moment < 0.9 * passage.moment  # a tie that does nothing is none
-        if alone.moment < 1e-4 * passage.moment and without_any:
+        slope = max(without.slopes.get(other, 0.0) for other in others)
+        # attention passes each position in small shares then; pooling behind a factor makes its slope small, and heavy
+        # tails of the factor make the moment without it small
+        kept = slope > 0.5 if passage.averages else slope > 0.1 or without.moment > 0.1 * passage.moment
+        larger = without.moment < 0.9 * passage.moment  # a tie that does nothing is none, nor is a derivative of a curve
+        if kept and larger and alone.moment < 1e-4 * passage.moment:
             return True
     return False
 

@@ -93,6 +93,61 @@ def test_a_gate_is_none() -> None:
     assert gains(Modulated(0.0), torch.randn(8, 16), torch.randn(8, 8))["condition"] == pytest.approx(1, rel=1e-3)
 
 
+class Coupling(nn.Module):
+    """One half of a signal is scaled and shifted by what the other half says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.condition = nn.Linear(8, 32), nn.Linear(32, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        log_scale, shift = self.condition(functional.relu(self.inner(first))).chunk(2, -1)
+        return torch.cat([second * log_scale.exp() + shift, first], -1)
+
+
+class Polynomial(nn.Module):
+    """Each number is multiplied by the square of a polynomial in it, 1 + a x + b x^2, whose coefficients are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = nn.Linear(8, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        powers = torch.stack([second, second.square()], -1)[..., None].tanh()
+        factor = 1 + (self.condition(first).unflatten(-1, (8, 1, 4))[..., :2] @ powers)[..., 0, 0]
+        return torch.cat([second * factor.square(), first], -1)
+
+
+@pytest.mark.parametrize("part", [Coupling, Polynomial])
+def test_factors_of_the_models_own_input_begin_near_one(part: type[nn.Module]) -> None:
+    """Of the first of several couplings, too, whose other half no weight has seen."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(part() for _ in range(2))), torch.randn(512, 16)
+    found = gains(model, x)
+    assert max(found[f"{number}.condition"] for number in range(2)) < 0.5
+    init_weights(model, x, seed=0)
+    with torch.no_grad():
+        assert 0.5 < float(model(x).square().mean()) < 8
+
+
+class LinearAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key = functional.elu(self.query(x)) + 1, functional.elu(self.key(x)) + 1
+        shares = query @ key.mT
+        return self.out(shares / shares.sum(-1, keepdim=True) @ self.value(x))
+
+
+def test_shares_are_no_factors_near_one() -> None:
+    found = gains(LinearAttention(), torch.randn(4, 12, 16))
+    assert found["query"] == found["key"] == found["value"] == pytest.approx(1, rel=1e-3)
+
+
 @pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(64), lambda: nn.BatchNorm1d(64)], ids=["layer", "batch"])
 def test_it_learns_faster_at_a_usual_rate(norm: object) -> None:
     def trained(size: float) -> float:
