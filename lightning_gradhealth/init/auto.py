@@ -27,6 +27,7 @@ from lightning_gradhealth.init.residual import factors, find_branches, resolve
 from lightning_gradhealth.init.settings import joined
 from lightning_gradhealth.init.stand_ins import small_by_class
 from lightning_gradhealth.init.surroundings import (
+    OneSign,
     free_size,
     how_found,
     made_up_for,
@@ -184,6 +185,7 @@ class _Adviser:
         self._critical = critical_gains(graph, self._replayer)
         self._normed = normed(graph, self._replayer)
         self._stds: dict[int, float] = {}  # what each station's output is meant to have
+        self._one_sign = OneSign(graph, self._replayer)
         self._scales: dict[int, float] = {}  # what the forward pass multiplies a weight by, where it does
         self._sequences: dict[int, list[Tensor]] = {}
         self._simulated: dict[tuple[int, int, int], list[Tensor]] = {}
@@ -199,6 +201,7 @@ class _Adviser:
         for done, (index, station) in enumerate(self._graph.stations.items()):
             tick("finding gains", done, len(self._graph.stations))
             self._visit(index, station)
+            self._one_sign.see(index, station)
         for value, parameter in self._trace.parameters.items():
             if id(parameter) not in self._advice:
                 self._advice[id(parameter)] = self._unweighted(value, parameter)
@@ -374,7 +377,9 @@ class _Adviser:
 
     def _scale(self, station: Station, value: int) -> float:
         """What the products of a parameter are multiplied by, before and by the operator."""
-        made = self._replayer.weight_scale(station, value)
+        # used again, as in a derivative: what its first use makes of a signal is settled
+        alike = 0.0 if id(self._trace.parameters[value]) in self._advice else self._one_sign.correlation(station)
+        made = self._replayer.weight_scale(station, value, alike)
         return station.scale * (1.0 if made is None else made)
 
     def _lookup(self, index: int, station: Station) -> None:

@@ -166,16 +166,18 @@ class Replayer:
         with _own_random_numbers():
             return Run(WeightPath(self._graph, station, events), torch.float32, lambda _: none).result(values)
 
-    def weight_scale(self, station: Station, parameter: int) -> float | None:
+    def weight_scale(self, station: Station, parameter: int, alike: float = 0.0) -> float | None:
         """What the elements of a parameter are multiplied by on their way to being a weight.
 
         Args:
             station: The weight.
             parameter: One of its parameters, by value.
+            alike: The correlation of the numbers that the weight reads: where all its elements have one sign, as
+                absolute values have, what they share adds up in amplitude, not in variance.
 
         Returns:
-            The root mean square of the weight for a standard normal parameter; None where the weight is the parameter
-            but for its shape, or does not depend on the parameter's scale.
+            The root mean square of the weight for a standard normal parameter, or of what has the same effect; None
+            where the weight is the parameter but for its shape, or does not depend on the parameter's scale.
         """
         if station.operand is None or station.operand == parameter:
             return None
@@ -198,7 +200,24 @@ class Replayer:
             return None
         if torch.allclose(both, once + plain, rtol=1e-3, atol=1e-6):
             return math.sqrt(_mean_square(plain))
-        return math.sqrt(_mean_square(once) / _mean_square(numbers))
+        common = alike * (station.fan_in - 1) * float(once.real.double().mean()) ** 2
+        return math.sqrt((_mean_square(once) + common) / _mean_square(numbers))
+
+    def has_one_sign(self, station: Station) -> bool:
+        """Whether all elements of a weight have one sign, whatever those of its one parameter have."""
+        (parameter, *more) = station.parameters
+        if more or station.operand is None or station.operand == parameter:
+            return False
+        events = self._graph.between(station.operand, station.event)[0]
+        if all(self._trace.events[index].name in VIEWS for index in events):
+            return False
+        numbers = torch.linspace(-1, 1, math.prod(self._trace.shapes[parameter])).view(self._trace.shapes[parameter])
+        try:
+            with torch.no_grad():
+                weight = self.weight(station, {parameter: numbers})
+        except UNREPLAYABLE:
+            return False  # as for its scale: nothing is known
+        return not weight.is_complex() and bool((weight >= 0).all() | (weight <= 0).all())
 
     def _replayed(self, path: Path) -> Passage:
         for attempt in (self._by_curve, self._by_noise):

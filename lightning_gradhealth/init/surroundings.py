@@ -7,7 +7,7 @@ from collections.abc import Set
 
 from lightning_gradhealth.init.gains import name_of, normal_nodes
 from lightning_gradhealth.init.replay import Passage, Replayer
-from lightning_gradhealth.tracing import Graph
+from lightning_gradhealth.tracing import Graph, Station
 
 FREE = 1 / math.sqrt(3)  # what torch's own layers begin with in units of 1 / sqrt(fan_in)
 BEFORE_NORM = "a norm takes its scale, only its size beside the learning rate counts"
@@ -83,10 +83,46 @@ def _makes_factor(graph: Graph, replayer: Replayer, index: int) -> bool:
         # attention passes each position in small shares then; pooling behind a factor makes its slope small, and heavy
         # tails of the factor make the moment without it small
         kept = slope > 0.5 if passage.averages else slope > 0.1 or without.moment > 0.1 * passage.moment
-        larger = without.moment < 0.9 * passage.moment  # a tie that does nothing is none, nor is a derivative of a curve
+        larger = (
+            without.moment < 0.9 * passage.moment
+        )  # a tie that does nothing is none, nor is a derivative of a curve
         if kept and larger and alone.moment < 1e-4 * passage.moment:
             return True
     return False
+
+
+class OneSign:
+    """What weights give whose elements all have one sign, as absolute values have in monotonic networks.
+
+    Their outputs are all alike, and a second such weight sums them in amplitude, not in variance.
+
+    Args:
+        graph: The recorded forward pass.
+        replayer: Its replayer.
+    """
+
+    def __init__(self, graph: Graph, replayer: Replayer) -> None:
+        self._graph, self._replayer = graph, replayer
+        self._alike: set[int] = set()  # the stations that give signals that are all alike
+
+    def see(self, index: int, station: Station) -> None:
+        """Take in the next station: a weight of one sign, or an addition to what one gives."""
+        if station.kind == "merge":
+            alike = any(self._alike & self._graph.sources(value, index) for value in station.reads)
+        else:
+            alike = station.kind == "weight" and self._replayer.has_one_sign(station)
+        if alike:
+            self._alike.add(index)
+
+    def correlation(self, station: Station) -> float:
+        """Of any two numbers that a weight reads: 1 where they are alike, otherwise what an activation's mean makes."""
+        if self._alike & self._graph.sources(station.reads[0], station.event):
+            return 1.0
+        before = self._replayer.passage(station.reads[0], station.event)
+        if before.curve is None or not before.moment:
+            return 0.0
+        _, weight = normal_nodes()
+        return float((before.curve * weight).sum()) ** 2 / before.moment
 
 
 def made_up_for(passage: Passage) -> float:

@@ -124,6 +124,26 @@ def test_theory_of_a_rectifier_layer_agrees_with_simulation():
     assert rectifier_log_growth(10_000)[0] == pytest.approx(-2.5 / 10_000, rel=0.01)
 
 
+class Monotonic(nn.Linear):
+    """A linear layer that grows in all that it reads."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.abs(), self.bias)
+
+
+@pytest.mark.parametrize("activation", [nn.Identity, nn.Tanh, nn.ELU, nn.ReLU])
+def test_weights_of_one_sign_add_up_in_amplitude(activation):
+    """A layer that reads what another gives, or what a rectifier gives; the first one reads independent numbers."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(6) for part in (activation(), Monotonic(64, 64))]
+    model, x = nn.Sequential(Monotonic(16, 64), *layers), torch.randn(256, 16)
+    gh.init_weights(model, x, seed=0)
+    with torch.no_grad():
+        sizes = [float(model[: 2 * depth + 1](x).square().mean().sqrt()) for depth in range(7)]
+    assert 0.5 < sizes[0] < 1.5, "in variance: xavier, lecun, he"
+    assert all(0.2 < size < 5 for size in sizes), sizes
+
+
 def test_three_hundred_layers_in_seconds():
     """The time of this process alone: the machine may be busy with other things."""
     model = nn.Sequential(*(module for _ in range(300) for module in (nn.Linear(64, 64), nn.ReLU())), nn.Linear(64, 4))
