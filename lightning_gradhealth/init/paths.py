@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from lightning_gradhealth.tracing import INPUT, VIEWS, Event, Graph, Ref, Station
@@ -211,7 +212,10 @@ class Run:
         if self._flat and reads and event.name in VIEWS:
             self._values.update(dict.fromkeys(event.outputs, self._look_up(reads[0])))
             return
-        output = event.func(*self._given_to(event.args), **self._given_to(event.kwargs))
+        if event.name == "constant_pad_nd" and not self._flat and self._path.is_live(event):
+            output = _padded(*self._given_to(event.args))
+        else:
+            output = event.func(*self._given_to(event.args), **self._given_to(event.kwargs))
         results = [output] if isinstance(output, Tensor) else [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         if self._flat and not self._path.is_live(event):
             results = [self._collapsed(result) for result in results]
@@ -265,6 +269,18 @@ class Run:
                 raise ValueError("not the same for all elements")
             return first.clone()
         return tensor
+
+
+def _padded(signal: Tensor, pad: Sequence[int], value: float = 0.0) -> Tensor:
+    """A signal with zeros around it: of its own scale there too, since the positions that count have no other.
+
+    Zeros beside features (two axes) are zeros that the next weight sums, and stay.
+    """
+    if value != 0 or signal.dim() < 3 or signal.is_complex() or not signal.numel():
+        return functional.pad(signal, list(pad), value=value)
+    places = functional.pad(torch.arange(signal.numel(), device=_CPU).view(signal.shape), list(pad), value=-1)
+    around = torch.arange(places.numel(), device=_CPU).view(places.shape) % signal.numel()
+    return signal.flatten()[torch.where(places < 0, around, places)]
 
 
 def noise(path: Path, source: int, value: int, draws: int, generator: torch.Generator) -> Tensor:

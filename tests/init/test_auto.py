@@ -396,3 +396,31 @@ def test_a_parametrization_is_written_through_not_made_up_for(factor):
     report = gh.init_weights(model, torch.randn(4, 64), seed=0)
     assert float(model[2].weight.detach().std()) == pytest.approx(math.sqrt(2 / 64), rel=0.05)
     assert report.depth[1].forward == pytest.approx(2**0.5)
+
+
+@pytest.mark.parametrize("pad", [(0, 0, 0, 8), (0, 0, 3, 5), (0, 0, 1, -1)], ids=["behind", "around", "shifted"])
+def test_zeros_beside_the_positions_are_not_made_up_for(pad):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mix, self.head = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.mix(nn.functional.pad(self.norm(x), pad)).tanh().mean(1))
+
+    report = gh.init_weights(Padded(), torch.randn(4, 8, 16), seed=0)
+    gains = {entry.name: entry.gain for entry in report.entries}
+    assert gains["mix.weight"] == pytest.approx(1, rel=0.01)
+
+
+def test_zeros_beside_the_features_are():
+    class Widened(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.mix, self.head = nn.LayerNorm(16), nn.Linear(32, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.mix(nn.functional.pad(self.norm(x), (0, 16))).tanh())
+
+    report = gh.init_weights(Widened(), torch.randn(4, 16), seed=0)
+    assert next(e.gain for e in report.entries if e.name == "mix.weight") == pytest.approx(2**0.5, rel=0.01)
