@@ -30,6 +30,7 @@ from zoo.registry import architectures
 
 STEPS = 30
 RATE = 1e-3
+FITTED = 0.01  # of the loss at the start: below it a batch is learned, and how far below says nothing
 WITHIN = 1.5  # of the library's own final loss, in nearly all
 NEVER = 3.0
 SECONDS = 30.0  # of CPU that `init_weights` and `diagnose` may take
@@ -211,7 +212,7 @@ def _trained(architecture: Architecture, result: Result, seeds: int) -> Iterator
 
 
 def loss_ratio(at_first: float, own: float, ours: float) -> float:
-    """How much worse our final loss is than the library's own: ours / own.
+    """How much worse our final loss is than the library's own: ours / own, each at least a hundredth of the first.
 
     Where losses can be negative: 1 + what ours lacks, as a share of what the library's own has gained.
     """
@@ -220,7 +221,8 @@ def loss_ratio(at_first: float, own: float, ours: float) -> float:
     if not math.isfinite(own):
         return 0.0
     if min(own, ours) > 0:
-        return ours / own
+        least = FITTED * at_first
+        return max(ours, least) / max(own, least)
     return max(0.0, 1 + (ours - own) / max(abs(at_first - own), 1e-12))
 
 

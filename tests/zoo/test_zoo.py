@@ -79,6 +79,8 @@ def test_a_snapshot_sees_every_trace(how: str, said: list[str]) -> None:
     ("at_first", "own", "ours", "ratio"),
     [
         (2.0, 1.0, 1.5, 1.5),
+        (2.0, 1e-6, 1e-3, 1.0),  # both have learned the batch
+        (2.0, 1e-6, 0.08, 4.0),
         (2.0, 1.0, float("nan"), float("inf")),
         (2.0, float("nan"), 1.0, 0.0),
         (3.0, -1.0, 1.0, 1.5),  # half of what the library's own gains is missing

@@ -282,7 +282,9 @@ ARCHITECTURES = (
     Architecture("diffusers/PixArt", "diffusion", pixart, pixart_batch, mean),
     Architecture("diffusers/SD3", "diffusion", sd3, sd3_batch, sample),
     Architecture("diffusers/Flux", "diffusion", flux, flux_batch, sample),
-    Architecture("diffusers/PriorTransformer", "diffusion", prior, prior_batch, predicted),
+    Architecture(  # its statistics of embeddings serve after the denoising, not in it
+        "diffusers/PriorTransformer", "diffusion", prior, prior_batch, predicted, uncovered="clip_(mean|std)"
+    ),
     Architecture("diffusers/UVit2D", "diffusion", uvit, uvit_batch, functional.cross_entropy),
     Architecture("diffusers/UNet1D", "diffusion", audio, audio_batch, sample),
     Architecture("diffusers/AutoencoderKL", "diffusion", autoencoder, autoencoded, sample),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ ARCHITECTURES = (
     _classifier("test_efficientnet"),
     _classifier("dpn48b", k_sec=(1, 2, 2, 1)),
     _classifier("xcit_nano_12_p16_224", depth=4, img_size=64),
-    _classifier("convit_tiny", depth=4, img_size=64),
+    replace(_classifier("convit_tiny", depth=4, img_size=64), uncovered="cls_token"),  # joins after the last of four
     _classifier("vit_tiny_patch16_224", depth=6, img_size=64),
     _classifier("deit_tiny_distilled_patch16_224", depth=6, img_size=64),
     _classifier("eva02_tiny_patch14_224", depth=4, size=56, img_size=56),
