@@ -23,7 +23,7 @@ from lightning_gradhealth.init.parametrized import originals
 from lightning_gradhealth.init.prediction import Prediction
 from lightning_gradhealth.init.recurrence import input_layer, simulate
 from lightning_gradhealth.init.replay import Passage, Replayer
-from lightning_gradhealth.init.residual import factors, find_branches, resolve
+from lightning_gradhealth.init.residual import factors, find_branches, loop_factors, resolve
 from lightning_gradhealth.init.settings import joined
 from lightning_gradhealth.init.stand_ins import small_by_class
 from lightning_gradhealth.init.surroundings import (
@@ -179,6 +179,8 @@ class _Adviser:
         ]
         self._residual = resolve(asked.residual, branches)
         self._factors = factors(self._residual, branches, auto=asked.residual == "auto")
+        if asked.residual in ("auto", "depth"):
+            self._factors.update(loop_factors(graph, self._replayer))
         if asked.residual != "auto":  # what is asked for rules over what stands there
             for value in (value for index in self._factors for value in graph.stations[index].parameters):
                 self._meant.pop(id(self._trace.parameters[value]), None)

@@ -43,7 +43,7 @@ def find_branches(graph: Graph, replayer: Replayer) -> list[Branch]:
     """All residual branches of a forward pass, in order.
 
     Additions of towers that nothing joins, and those inside a loop over time that uses one weight again and again,
-    are none.
+    are none; for loops that add to their state there is `loop_factors`.
     """
     uses = Counter(value for station in graph.stations.values() for value in station.parameters)
     once = graph.stations.bits(
@@ -61,6 +61,65 @@ def find_branches(graph: Graph, replayer: Replayer) -> list[Branch]:
                 found.append(branch)
                 streams[index] = station.reads[1 - longer]
     return found
+
+
+def loop_factors(graph: Graph, replayer: Replayer) -> dict[int, float]:
+    """What the weights at the end of `y = y + f(y)` are multiplied by where it is done N times with the same weights.
+
+    Equal steps add up in amplitude, not in variance: each is 1 / N, as the step of an Euler scheme, unless a step that
+    small is there already or a norm or a gate holds the branch.
+
+    Args:
+        graph: The recorded forward pass.
+        replayer: Its replayer.
+
+    Returns:
+        The factors by station, for all uses of these weights.
+
+    Paper: Chen et al. 2018, Neural ordinary differential equations (arXiv:1806.07366): residual blocks as Euler steps.
+    """
+    uses: dict[tuple[int, ...], list[int]] = {}
+    for index, station in graph.stations.items():
+        if station.kind == "weight":
+            uses.setdefault(station.parameters, []).append(index)
+    again = graph.stations.bits(index for each in uses.values() if len(each) > 1 for index in each)
+    so_far: dict[
+        tuple[tuple[int, ...], int], float
+    ] = {}  # by the weights that end the branch, and the merge: all steps
+    whole: dict[tuple[int, ...], float] = {}
+    for done, (index, station) in enumerate(graph.stations.items()):
+        tick("finding loops", done, len(graph.stations))
+        if station.kind == "merge" and (step := _step(graph, replayer, index, station, again)) is not None:
+            parameters, state, scale = step
+            # a state that was a constant at first: its first step is the first that is known of it
+            first = scale if state in uses[parameters] else 0.0
+            steps = so_far.get((parameters, state), first) + scale
+            so_far[parameters, index] = steps
+            whole[parameters] = max(whole.get(parameters, 0.0), steps if steps > scale else 0.0)
+    return {index: 1 / total for parameters, total in whole.items() if total > 1 for index in uses[parameters]}
+
+
+def _step(
+    graph: Graph, replayer: Replayer, index: int, station: Station, again: int
+) -> tuple[tuple[int, ...], int, float] | None:
+    """Of a state that something made of it is added to: the weight that ends this, the state, and a factor between."""
+    for side in (0, 1):
+        state, ends = (graph.sources(station.reads[each], index) for each in (1 - side, side))
+        if len(state) != 1 or len(ends) != 1:
+            continue
+        (before,), (last,) = state, ends
+        reaches = graph.stations.bits((last,)) & again and graph.stations.upstream(graph.stations.bits((last,)))
+        if not reaches or not reaches & graph.stations.bits((before,)):
+            continue
+        kept, added = (replayer.passage(station.reads[each], index) for each in (1 - side, side))
+        inside = reaches & ~graph.stations.upstream(graph.stations.bits((before,))) & ~1
+        held = inside & graph.stations.of_kind("norm") or _is_gated(graph, station.reads[side], index)
+        if held or not (kept.linear and added.linear and 0.9 < kept.moment < 1.1):
+            continue
+        alpha = graph.trace.events[index].kwargs.get("alpha", 1)
+        scale = math.sqrt(added.moment) * (abs(alpha) if isinstance(alpha, (int, float)) else 1.0)
+        return graph.stations[last].parameters, before, scale
+    return None
 
 
 def _longer(graph: Graph, index: int, station: Station, streams: Mapping[int, int]) -> int | None:

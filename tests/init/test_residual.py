@@ -284,3 +284,64 @@ def test_without_a_sample_there_are_no_branches(residual):
     ):
         gh.init_weights(two_layers(), residual=residual)
     assert gh.init_weights(two_layers(), residual="none", seed=0).residual == "none"
+
+
+class Refiner(nn.Module):
+    """y = y + step * f(y), the same f again and again."""
+
+    def __init__(self, times, step=None, norm=False):
+        super().__init__()
+        self.times, self.step = times, step
+        self.body = nn.Sequential(nn.LayerNorm(64) if norm else nn.Identity(), nn.Linear(64, 64), nn.Tanh())
+        self.delta = nn.Linear(64, 64)
+
+    def forward(self, x):
+        state = x
+        for _ in range(self.times):
+            change = self.delta(self.body(state))
+            state = state + (change if self.step is None else self.step * change)
+        return state
+
+
+def delta_std(model):
+    report = gh.init_weights(model, torch.randn(32, 64), seed=0)
+    (entry,) = (e for e in report.entries if e.name == "delta.weight")
+    return entry.target_std
+
+
+PLAIN = gh.init.gain("tanh") / math.sqrt(64)
+
+
+@pytest.mark.parametrize("times", [4, 12])
+def test_the_same_branch_again_and_again_is_a_step_of_one_over_n(times):
+    """Equal steps add up in amplitude: 1 / sqrt(N) for each would not do."""
+    assert delta_std(Refiner(times)) == pytest.approx(PLAIN / times, rel=1e-2)
+    model, x = Refiner(times), torch.randn(256, 64)
+    report = gh.init_weights(model, x, seed=0)
+    assert "residual" in next(entry.note for entry in report.entries if entry.name == "delta.weight")
+    with torch.no_grad():
+        assert 0.3 < float((model(x) - x).square().mean().sqrt()) < 3
+
+
+@pytest.mark.parametrize("step", [0.1, 0.5])
+def test_a_step_that_is_there_counts(step):
+    assert delta_std(Refiner(10, step)) == pytest.approx(PLAIN / max(10 * step, 1), rel=1e-2)
+
+
+def test_a_norm_holds_a_branch_however_often():
+    assert delta_std(Refiner(10, norm=True)) == pytest.approx(PLAIN, rel=1e-2)
+
+
+class Flow(Refiner):
+    """Coordinates that begin as constants, as in iterative matching: the state of the net is another one."""
+
+    def forward(self, x):
+        place, hidden = torch.arange(64.0).expand(len(x), 64), self.body[1](x)
+        for _ in range(self.times):
+            change = self.delta((hidden + (place - torch.arange(64.0))).tanh())
+            place = place.detach() + change
+        return place
+
+
+def test_a_state_that_begins_as_a_constant_counts_all_steps():
+    assert delta_std(Flow(8)) == pytest.approx(PLAIN / 8, rel=1e-2)
