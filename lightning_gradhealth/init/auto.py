@@ -34,6 +34,7 @@ from lightning_gradhealth.init.surroundings import (
     normed,
     output_gain,
     scheme_for,
+    size_in_product,
     steepness_of,
     what_follows,
 )
@@ -293,11 +294,10 @@ class _Adviser:
         if index in self._critical and self._fixed is None and found != "output":
             gain, found = self._critical[index], "edge of chaos"
             scheme = "delta_orthogonal" if "conv" in self._trace.events[index].name else "orthogonal"
-        size, why_size = 1.0, ""
-        if found in ("given", "output", "edge of chaos") or transformed is not None or as_meant:
+        bound = found in ("given", "output", "edge of chaos") or transformed is not None or as_meant
+        if bound:
             target = gain * gain * moment
-        else:
-            size, why_size = free_size(self._graph, self._replayer, index, self._normed)
+        size, why_size = (1.0, "") if self._fixed is not None or as_meant else self._size(index, bound)
         distribution = ""
         if (periodic := self._waves(index, station, after)) is not None and periodic.std is not None:
             gain, found, scheme = periodic.std * math.sqrt(station.fan_in), "closed form", "lecun"
@@ -324,6 +324,11 @@ class _Adviser:
                 self._meant.pop(id(self._trace.parameters[value]), None)
         for value in station.parameters:
             self._advise(value, composed.get(value) or self._of_parameter(index, station, value, advice))
+
+    def _size(self, index: int, bound: bool) -> tuple[float, str]:
+        """What the std is multiplied by, and why; `bound`: what follows leaves the weight's own scale no freedom."""
+        free = (1.0, "") if bound else free_size(self._graph, self._replayer, index, self._normed)
+        return size_in_product(self._graph, self._replayer, index, self._stds) if free[0] == 1.0 else free
 
     def _waves(self, index: int, station: Station, after: list[Passage]) -> Waves | None:
         """The rule of periodic activations, where it holds for a weight; its biases are seen to."""

@@ -145,7 +145,7 @@ class Path:
             if index in self.sources:
                 station = self.graph.stations[index]
                 biases = tuple(local(value) for value in station.bias if value in self.graph.kept)
-                parts.append(("source", outputs, self.stds.get(index, 1.0), _channel_axis(self.graph, index), biases))
+                parts.append(("source", outputs, self.stds.get(index, 1.0), channel_axis(self.graph, index), biases))
                 continue
             parts.append((event.form, tuple(map(local, event.reads)), outputs))
         return (*parts, local(self.value))
@@ -289,7 +289,7 @@ def noise(path: Path, source: int, value: int, draws: int, generator: torch.Gene
     if path.trace.dtypes[value].is_complex:
         return std * torch.randn((draws, *shape), generator=generator, device=_CPU, dtype=torch.complex64)
     numbers = _normal((draws, *shape), generator)
-    channel = _channel_axis(path.graph, source)
+    channel = channel_axis(path.graph, source)
     if channel is None or len(shape) < 3 or path.averages():  # what attention averages is followed apart
         return std * numbers
     common_shape = [size if axis in (0, channel % len(shape)) else 1 for axis, size in enumerate(shape)]
@@ -312,7 +312,7 @@ def _quantiles(number: int) -> Tensor:
     return quantiles.float()
 
 
-def _channel_axis(graph: Graph, source: int) -> int | None:
+def channel_axis(graph: Graph, source: int) -> int | None:
     """The axis of the features in what a station gives; all others but the first are positions."""
     if source == INPUT:
         return None

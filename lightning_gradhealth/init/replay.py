@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradhealth.init.gains import normal_nodes
-from lightning_gradhealth.init.paths import UNREPLAYABLE, Path, Run, WeightPath, noise
+from lightning_gradhealth.init.paths import UNREPLAYABLE, Path, Run, WeightPath, channel_axis, noise
 from lightning_gradhealth.tracing import VIEWS, Graph, LongPathError, Station
 from lightning_gradhealth.tracing.progress import tick
 
@@ -149,6 +149,37 @@ class Replayer:
                 self._known[key] = self._replayed(path)
             self.executed += path.runs * (len(path.events) + len(path.sources))
         return _renamed(self._known[key], path)
+
+    def sums_features(self, value: int, at: int, source: int) -> bool:
+        """Whether an element of `value` is made of several features of one position of a source, and of no other.
+
+        As in a dot product, or where the source makes the weights of another layer; attention and graphs mix positions.
+
+        Args:
+            value: A value of the recording.
+            at: The event before which it is looked at.
+            source: One of the weights behind it.
+        """
+        try:
+            path = Path(self._graph, value, at, {})
+            generator = torch.Generator("cpu").manual_seed(0)
+            with torch.inference_mode(False), torch.enable_grad(), _own_random_numbers():
+                leaves = {
+                    first: noise(path, each, first, 1, generator).requires_grad_(each == source)
+                    for each in sorted(path.sources)
+                    for first in path.begins(each)
+                }
+                elements = self._run_all(path, leaves).flatten()
+                chosen = elements[int(elements.detach().abs().argmax())]
+                leaf = leaves[path.begins(source)[0]]
+                (slope,) = torch.autograd.grad(chosen, leaf, allow_unused=True)
+        except (LongPathError, *UNREPLAYABLE):
+            return False
+        if slope is None or not slope[0].dim():
+            return False
+        read = (slope[0] != 0).movedim(channel_axis(self._graph, source) or -1, -1)
+        read = read.reshape(-1, read.shape[-1])
+        return int(read.any(1).sum()) == 1 < int(read.any(0).sum())
 
     def weight(self, station: Station, values: Mapping[int, Tensor]) -> Tensor:
         """The weight that the forward pass makes of given values of its parameters.

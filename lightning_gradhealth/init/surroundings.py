@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 from lightning_gradhealth.init.gains import name_of, normal_nodes
 from lightning_gradhealth.init.replay import Passage, Replayer
@@ -11,6 +11,7 @@ from lightning_gradhealth.tracing import Graph, Station
 
 FREE = 1 / math.sqrt(3)  # what torch's own layers begin with in units of 1 / sqrt(fan_in)
 BEFORE_NORM = "a norm takes its scale, only its size beside the learning rate counts"
+SUMMED = 1.5  # a mean square from which on several products were summed
 DEVIATION = math.sqrt(0.1)  # of a factor from 1: so it adds a tenth to the variance of what it multiplies
 
 
@@ -36,6 +37,48 @@ def free_size(graph: Graph, replayer: Replayer, index: int, normed: Set[int]) ->
     if index in normed:
         return FREE, BEFORE_NORM
     return 1.0, ""
+
+
+def size_in_product(graph: Graph, replayer: Replayer, index: int, stds: Mapping[int, float]) -> tuple[float, str]:
+    """A factor on the std of a weight whose outputs are multiplied with other signals and summed; 1 where they are not.
+
+    Where a net makes the weights of another, or two of them meet in a dot product, what comes out grows with the number
+    of products. The weights that make the factors share what keeps it at variance 1: made weights then have the
+    variance that the formula of their own fan gives them.
+
+    Args:
+        graph: The recorded forward pass.
+        replayer: Its replayer.
+        index: The weight's station.
+        stds: Of other stations, as far as they are known.
+    """
+    readers = [(value, reader) for reader, value in graph.consumers[index]]
+    readers += [(value, len(graph.trace.events)) for value in graph.ends.get(index, ())]
+    if len(readers) != 1:
+        return 1.0, ""
+    value, at = readers[0]
+    passage = replayer.passage(value, at)
+    sources = passage.sources
+    makers = [each for each in sources if each in graph.stations and _is_read_once(graph, each)]
+
+    def moment(std: float) -> float:
+        others = {each: stds.get(each, 1.0) for each in sources if each not in makers}
+        return replayer.passage(value, at, {**others, **dict.fromkeys(makers, std)}).moment
+
+    once = moment(1.0)
+    if index not in makers or not passage.replayed or not SUMMED < once < math.inf:
+        return 1.0, ""
+    up, down = math.log(moment(2.0) / once, 4), math.log(once / max(moment(0.5), 1e-30), 4)  # of a power: its exponent
+    if abs(up - down) > 0.05 or up < 0.95:
+        return 1.0, ""
+    product = up > 1.9 or not passage.homogeneous  # else it is a plain sum
+    if not product or not all(replayer.sums_features(value, at, each) for each in makers):
+        return 1.0, ""
+    return once ** (-0.5 / up), "its outputs are factors of products that are summed, or weights of others"
+
+
+def _is_read_once(graph: Graph, index: int) -> bool:
+    return graph.stations[index].kind == "weight" and len(graph.consumers[index]) + len(graph.ends.get(index, ())) == 1
 
 
 def normed(graph: Graph, replayer: Replayer) -> frozenset[int]:
