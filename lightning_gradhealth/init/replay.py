@@ -225,11 +225,13 @@ class Replayer:
             with torch.no_grad():
                 given = (numbers, 2 * numbers, signs, signs + numbers)
                 once, twice, plain, both = (self.weight(station, {parameter: values}) for values in given)
+                linear = torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-6)
+                sums = torch.allclose(both, once + plain, rtol=1e-3, atol=1e-6)
         except UNREPLAYABLE:
-            return None  # operations of other devices, or values that are not here
-        if not torch.allclose(twice, 2 * once, rtol=1e-3, atol=1e-6):
+            return None  # operations of other devices, values that are not here, or sparse ones
+        if not linear:
             return None
-        if torch.allclose(both, once + plain, rtol=1e-3, atol=1e-6):
+        if sums:
             return math.sqrt(_mean_square(plain))
         common = alike * (station.fan_in - 1) * float(once.real.double().mean()) ** 2
         return math.sqrt((_mean_square(once) + common) / _mean_square(numbers))
@@ -242,13 +244,14 @@ class Replayer:
         events = self._graph.between(station.operand, station.event)[0]
         if all(self._trace.events[index].name in VIEWS for index in events):
             return False
-        numbers = torch.linspace(-1, 1, math.prod(self._trace.shapes[parameter])).view(self._trace.shapes[parameter])
+        shape = self._trace.shapes[parameter]
+        numbers = torch.linspace(-1, 1, math.prod(shape), device="cpu").view(shape)
         try:
             with torch.no_grad():
                 weight = self.weight(station, {parameter: numbers})
+                return not weight.is_complex() and bool((weight >= 0).all() | (weight <= 0).all())
         except UNREPLAYABLE:
             return False  # as for its scale: nothing is known
-        return not weight.is_complex() and bool((weight >= 0).all() | (weight <= 0).all())
 
     def _replayed(self, path: Path) -> Passage:
         for attempt in (self._by_curve, self._by_noise):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -322,3 +323,38 @@ def test_a_model_in_two_places_is_told():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2, device="meta"))
     with pytest.raises(ValueError, match="a part of the model is on the meta device"):
         plan_init(model, torch.randn(3, 4), seed=0)
+
+
+def test_a_matrix_used_again_by_what_follows_is_no_output() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = nn.Linear(8, 12)
+            self.again = nn.Parameter(torch.randn(12, 12) * 0.1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = torch.zeros(len(x), 12)
+            for step in range(5):
+                state = torch.tanh(self.into(x[:, step]) + state @ self.again)
+            return state
+
+    report = init_weights(Recurrent(), torch.randn(4, 5, 8), seed=0)
+    assert {entry.name: entry.rule for entry in report.entries}["again"] == "traced"
+
+
+def test_sparse_weights_are_kept_without_a_crash() -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("places", torch.stack([torch.arange(8), torch.arange(8).flip(0)]))
+            self.weight, self.head = nn.Parameter(torch.randn(8)), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                matrix = torch.sparse_coo_tensor(self.places, self.weight, (8, 8))
+                return self.head(torch.sparse.mm(matrix, x.T).T)
+
+    model = Sparse()
+    report = init_weights(model, torch.randn(4, 8), seed=0, on_uncovered="ignore")
+    assert {entry.name for entry in report.entries} == {"weight", "head.weight", "head.bias"}

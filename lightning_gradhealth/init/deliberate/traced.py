@@ -31,7 +31,7 @@ def meant_in(model: nn.Module, graph: Graph | None = None) -> dict[int, str]:
 
 
 def at_the_end(graph: Graph) -> dict[int, int | None]:
-    """The weights behind which nothing follows that has parameters: what they give is the model's answer.
+    """The weights behind none of whose uses anything with parameters follows: what they give is the model's answer.
 
     Args:
         graph: The recorded forward pass.
@@ -46,8 +46,11 @@ def at_the_end(graph: Graph) -> dict[int, int | None]:
     parameters = graph.trace.parameters
     biases = {station: id(parameters[value]) for value, station in graph.biases.items()}
     found: dict[int, int | None] = {}
+    again = {id(parameters[value]) for index in inner for value in graph.stations[index].parameters}
     for index, station in graph.stations.items():
         if station.kind == "weight" and index not in inner and len(station.parameters) == 1:
+            if id(parameters[station.parameters[0]]) in again:
+                continue
             weight = id(parameters[station.parameters[0]])
             found[weight] = found.get(weight) or biases.get(index)  # a bias is known at the first use of its weight
     return found
