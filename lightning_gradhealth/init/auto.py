@@ -501,7 +501,7 @@ class _Adviser:
         """Whether nothing but the model's output follows, and no activation but a softmax."""
         if self._graph.consumers[index]:
             return False
-        return all((passage.linear and not passage.invariant) or _SHARES & set(passage.operations) for passage in after)
+        return all((passage.linear or _SHARES & set(passage.operations)) and not passage.invariant for passage in after)
 
 
 def _weakest(advice: Advice) -> tuple[bool, float]:

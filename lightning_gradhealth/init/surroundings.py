@@ -84,6 +84,8 @@ def _is_read_once(graph: Graph, index: int) -> bool:
 def normed(graph: Graph, replayer: Replayer) -> frozenset[int]:
     """The weights and sums that norms read, and beside them nothing but the model's end, before anything that bends.
 
+    Where the end alone reads them, all that is put out has to be behind a norm of some kind, as cosines are.
+
     Args:
         graph: The recorded forward pass.
         replayer: Its replayer.
@@ -96,7 +98,9 @@ def normed(graph: Graph, replayer: Replayer) -> frozenset[int]:
     for index in sorted((s for s, at in graph.stations.items() if at.kind in ("weight", "merge")), reverse=True):
         readers = [(value, reader) for reader, value in graph.consumers[index]]
         ends = [(value, end) for value in finals.get(index, ())]
-        if readers and all(_is_normed(graph, replayer, index, *reader, found) for reader in readers + ends):
+        if not readers and not all(replayer.passage(*each).invariant for each in ends):
+            continue  # an answer, of the size that outputs have
+        if readers + ends and all(_is_normed(graph, replayer, index, *each, found) for each in readers + ends):
             found.add(index)
     return frozenset(found)
 

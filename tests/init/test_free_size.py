@@ -58,6 +58,37 @@ def test_only_where_nothing_that_knows_a_scale_comes_first(between: nn.Module) -
     assert found["0"] == pytest.approx(1, rel=1e-3)
 
 
+class Views(nn.Module):
+    """What one net says of two views, compared at the end."""
+
+    def __init__(self, compare) -> None:
+        super().__init__()
+        self.net, self.compare = nn.Linear(8, 16), compare
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.compare(self.net(one), self.net(other))
+
+
+def contrast(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    logits = functional.normalize(one, dim=-1) @ functional.normalize(other, dim=-1).T
+    return functional.cross_entropy(10 * logits, torch.arange(len(logits)))
+
+
+@pytest.mark.parametrize(
+    ("compare", "size"),
+    [
+        (lambda one, other: functional.normalize(one, dim=-1), THIRD),
+        (functional.cosine_similarity, THIRD),
+        (contrast, THIRD),
+        (lambda one, other: (one, functional.normalize(one, dim=-1)), 1),
+        (lambda one, other: one - other, 1),
+    ],
+    ids=["normalised", "cosine", "a loss of cosines", "both", "difference"],
+)
+def test_what_leaves_the_model_without_its_scale(compare, size: float) -> None:
+    assert gains(Views(compare), torch.randn(8, 8), torch.randn(8, 8))["net"] == pytest.approx(size, rel=1e-3)
+
+
 def test_an_explicit_scheme_or_gain_is_final() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.Linear(16, 2))
     x = torch.randn(8, 4)
