@@ -410,3 +410,28 @@ def test_both_waves_side_by_side_are_periodic():
     report = init_weights(Features(), torch.randn(8, 2), seed=0)
     assert [entry.name for entry in report.entries if entry.scheme == "kept"] == ["waves.weight"]
     assert "frequencies" in report.entries[0].note
+
+
+def test_gates_that_begin_open_or_closed_stay() -> None:
+    torch.manual_seed(0)
+    lstm = nn.LSTM(4, 16)
+    with torch.no_grad():  # Tallec and Ollivier 2018 (arXiv:1804.11188)
+        remembers = torch.empty(16).uniform_(1.5, 50).log()
+        lstm.bias_ih_l0.zero_()
+        lstm.bias_ih_l0[:16], lstm.bias_ih_l0[16:32] = -remembers, remembers
+    before = lstm.bias_ih_l0.detach().clone()
+    report = init_weights(lstm, seed=0)
+    assert torch.equal(lstm.bias_ih_l0, before)
+    (entry,) = (e for e in report.entries if e.name == "bias_ih_l0")
+    assert "gates set on purpose" in entry.note
+    init_weights(lstm, seed=0, keep="nothing")
+    assert lstm.bias_ih_l0[16:32].eq(1).all()
+    assert not lstm.bias_ih_l0[:16].any()
+
+
+def test_a_forget_bias_that_was_set_twice_is_one_in_total() -> None:
+    lstm = nn.LSTM(4, 16)
+    with torch.no_grad():
+        lstm.bias_ih_l0[16:32], lstm.bias_hh_l0[16:32] = 1.0, 1.0
+    init_weights(lstm, seed=0)
+    assert (lstm.bias_ih_l0 + lstm.bias_hh_l0)[16:32].eq(1).all()

@@ -163,9 +163,30 @@ def _biases(model: nn.Module, known: Mapping[int, float]) -> Iterator[tuple[int,
     for key, (bias, fan_in) in open_.items():
         if not _is_readable(bias):
             continue
-        values = bias.detach()
-        if bool((values.abs() * math.sqrt(fan_in) > BEYOND).all()) and bool((values > 0).all() | (values < 0).all()):
+        if _is_beyond(bias, fan_in):
             yield key, "a bias set on purpose: every element lies beyond torch's default range"
+    for module in model.modules():
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            yield from _gates(module)
+
+
+def _gates(module: nn.RNNBase | nn.RNNCellBase) -> Iterator[tuple[int, str]]:
+    """Biases of gates that begin open or closed, but for one constant of forget gates, whose total has a rule."""
+    long = isinstance(module, (nn.LSTM, nn.LSTMCell))
+    for name, bias in module._parameters.items():
+        if bias is None or not name.startswith("bias") or not _is_readable(bias) or len(bias) % module.hidden_size:
+            continue
+        for gate, values in enumerate(torch.split(bias.detach(), module.hidden_size)):
+            usual = long and gate == 1 and _constant(values) is not None
+            if _is_beyond(values, module.hidden_size) and not usual:
+                yield id(bias), "gates set on purpose: all biases of one lie beyond torch's default range"
+                break
+
+
+def _is_beyond(bias: Tensor, fan_in: float) -> bool:
+    values = bias.detach()
+    beyond = bool((values.abs() * math.sqrt(fan_in) > BEYOND).all())
+    return beyond and bool((values > 0).all() | (values < 0).all())
 
 
 # --- weights ---
