@@ -79,7 +79,9 @@ def meant(
     """
     weights = list(_weights(model, known))
     drawn = [weight.mark for weight in weights if weight.fans is not None]
-    if not drawn or 2 * sum(mark.startswith("=") for mark in drawn) > len(drawn):
+    if not drawn:
+        return dict(_biases(model, biases))
+    if 2 * sum(mark.startswith("=") for mark in drawn) > len(drawn):
         return {}
     found = dict(_norms(model))
     found.update(_biases(model, biases))
@@ -156,6 +158,7 @@ def _biases(model: nn.Module, known: Mapping[int, float]) -> Iterator[tuple[int,
         for module in model.modules()
         if isinstance(module, WEIGHTED)
         and not parametrize.is_parametrized(module)
+        and module.weight.dim() > 1
         and (bias := module._parameters.get("bias")) is not None
     }
     own = {id(parameter): parameter for parameter in model.parameters()}
