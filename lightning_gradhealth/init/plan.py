@@ -62,10 +62,10 @@ def init_weights(
     weights, whoever owns them; and residual branches are known. Without, a guess at what the first layer takes is
     followed, and where none fits, the order of the modules has to serve.
 
-    Weights get the variance `(gamma * gain)^2 / fan`, biases 0, norm layers 1 and 0. Recurrent layers are
-    drawn gate by gate, with orthogonal recurrent weights and a forget bias of 1 in total, attention projection by
-    projection; embeddings have variance 1 (1 / width where a norm takes their scale). A tied parameter is drawn once,
-    as the weight of a layer where it is one.
+    Weights get the variance `(gamma * gain)^2 / fan` (a third of it where a norm takes their scale, as torch's own
+    layers), biases 0, norm layers 1 and 0. Recurrent layers are drawn gate by gate, with orthogonal recurrent weights
+    and a forget bias of 1 in total, attention projection by projection; embeddings have variance 1 (1 / width where a
+    norm takes their scale). A tied parameter is drawn once, as the weight of a layer where it is one.
     Weights under weight_norm, spectral_norm, pruning and other parametrizations are written through them. A padding
     row, buffers, frozen parameters (copies of trained ones get the same numbers), those with the attribute
     `_no_reinit`, and state that is no weight (a scale, a gate, a table of positions) or was set on purpose (see `keep`)

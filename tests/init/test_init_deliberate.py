@@ -435,3 +435,15 @@ def test_a_forget_bias_that_was_set_twice_is_one_in_total() -> None:
         lstm.bias_ih_l0[16:32], lstm.bias_hh_l0[16:32] = 1.0, 1.0
     init_weights(lstm, seed=0)
     assert (lstm.bias_ih_l0 + lstm.bias_hh_l0)[16:32].eq(1).all()
+
+
+def test_orthogonal_layers_of_any_shape_and_gain_are_a_habit() -> None:
+    def layer(inputs: int, outputs: int, gain: float) -> nn.Linear:
+        made = nn.Linear(inputs, outputs)
+        nn.init.orthogonal_(made.weight, gain)
+        return made
+
+    model = nn.Sequential(layer(8, 32, 2**0.5), nn.Tanh(), layer(32, 32, 1), nn.Tanh(), layer(32, 4, 0.01))
+    report = init_weights(model, torch.randn(4, 8), seed=0)
+    rules = {entry.name: entry.rule for entry in report.entries if entry.name.endswith("weight")}
+    assert rules == {"0.weight": "Linear", "2.weight": "Linear", "4.weight": "state"}, "the last is small"

@@ -42,12 +42,21 @@ _SHAPED = ("structure", "few")  # which are a purpose even where all weights hav
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight: its fans (None: its scale tells nothing), its root mean square, and what no draw gives."""
+    """A weight: its fans, its root mean square, and what no draw gives.
+
+    Attributes:
+        parameter: It.
+        fans: None: its scale tells nothing.
+        rms: Its root mean square.
+        mark: What it has that no draw gives.
+        orthogonal: Whether its rows or its columns are orthogonal and of one length, whatever that is.
+    """
 
     parameter: Tensor
     fans: Fans | None
     rms: float
     mark: str
+    orthogonal: bool
 
 
 def meant(
@@ -86,6 +95,7 @@ def meant(
     found = dict(_norms(model))
     found.update(_biases(model, biases))
     marks = Counter(weight.mark for weight in weights)
+    marks["orthogonal"] = sum(weight.orthogonal for weight in weights)
     small = 2 * sum(_share(weight) < FAR for weight in weights) > len(weights)  # all of them are: no mark of one
     for weight in weights:
         if weight.mark and (weight.mark in _SHAPED or 2 * marks[weight.mark] <= len(weights)):
@@ -213,7 +223,8 @@ def _weights(model: nn.Module, known: Mapping[int, Fans | None]) -> Iterator[_We
             else:
                 continue
             seen.add(id(parameter))
-            yield _Weight(parameter, own, scale_of(values) or 0.0, mark)
+            straight = mark == "orthogonal" or (not mark and _is_orthogonal(values))
+            yield _Weight(parameter, own, scale_of(values) or 0.0, mark, straight)
 
 
 def _mark(values: Tensor) -> str:
@@ -235,15 +246,26 @@ def _count(values: Tensor) -> int:
 
 def _is_rotation(values: Tensor) -> bool:
     """Whether it is a square matrix that changes no length, to precision."""
-    size = len(values)
-    if values.dim() < 2 or size < 2 or values.numel() != size * size:
+    square = values.numel() == len(values) ** 2
+    return square and _is_orthogonal(values) and abs(float(values[0].float().square().sum()) - 1) <= _bound(values)
+
+
+def _is_orthogonal(values: Tensor) -> bool:
+    """Whether the rows or the columns of a matrix are orthogonal and of one length, to precision."""
+    if values.dim() < 2 or min(len(values), values.numel() // len(values)) < 2:
         return False
-    matrix = values.reshape(size, size).float()
-    bound = 16 * max(torch.finfo(values.dtype).eps, 1e-6)
-    if bool(((matrix.square().sum(1) - 1).abs() > bound).any()):
+    matrix = values.reshape(len(values), -1).float()
+    matrix = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    squares = matrix.square().sum(1)
+    if bool(((squares / squares[0] - 1).abs() > _bound(values)).any()) or not float(squares[0]) > 0:
         return False
-    some = matrix[:8]  # of a matrix whose rows have length 1 but point anywhere eight tell as well as all
-    return bool(((some @ matrix.T - torch.eye(size, device=matrix.device)[:8]).abs() <= bound).all())
+    some = matrix[:8]  # of a matrix whose rows have one length but point anywhere eight tell as well as all
+    products = some @ matrix.T / squares[0]
+    return bool(((products - torch.eye(len(matrix), device=matrix.device)[:8]).abs() <= _bound(values)).all())
+
+
+def _bound(values: Tensor) -> float:
+    return 16 * max(torch.finfo(values.dtype).eps, 1e-6)
 
 
 def _in_words(weight: _Weight) -> str:
