@@ -75,8 +75,9 @@ def test_custom_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(variances["calibrated"]) == names  # what the example measures by itself is what the library has seen
     assert all(variance == pytest.approx(1, abs=0.05) for variance in variances["calibrated"].values())
     for name, variance in variances["as drawn"].items():
+        normed = 1 / 3 if name == "patches.weight" or name.endswith(("out", "back")) else 1  # a norm takes their scale
         least = 0.02 if name == "head.weight" or name.endswith("out") else 0.5  # what reads a mean over tokens has less
-        assert least < variance < 2, name  # the weight before a scale of .1 does not make up for it
+        assert least * normed < variance < 2, name  # the weight before a scale of .1 does not make up for it
     assert accuracy > 0.7
     assert "Variance of what a weight gives" in capsys.readouterr().out
 

@@ -31,7 +31,8 @@ def of_init(model: nn.Module, call: FirstCall) -> str:
 
     Example:
         >>> net, call = nn.Sequential(nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 2)), FirstCall()
-        >>> _ = nn.init.constant_(net[0].weight, 0.0).data[0, 0].fill_(50.0), nn.init.normal_(net[2].weight, std=0.141)
+        >>> net[0].weight.data = torch.linspace(-(3**0.5), 3**0.5, 2500).view(50, 50)
+        >>> _ = nn.init.normal_(net[2].weight, std=0.141)
         >>> call(net, (torch.randn(8, 50),), {})
         >>> of_init(net, call)
         'gh.init_weights(model, x) would draw 1 weight anew: 0.weight with std 0.2 in place of 1'

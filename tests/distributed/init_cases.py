@@ -177,7 +177,7 @@ class Traced(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(6, 10)
-        self.mixing = nn.Parameter(torch.ones(10, 3, 5))
+        self.mixing = nn.Parameter(torch.randn(10, 3, 5))
         self.slope = nn.PReLU()
         self.inner, self.outer = nn.Linear(15, 8), nn.Linear(8, 15)
         self.head = nn.Linear(15, 4)

@@ -1,7 +1,7 @@
 """The slow, obvious twin of what the report predicts: hooks that look at what every weight gives.
 
 It knows nothing of the tracer: layers of torch are watched by forward hooks, raw parameters tell themselves
-(`zoo.Probed`).
+(`samples.Probed`).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from functools import singledispatch
 from typing import Any
 
 import torch
+from samples import Probed
 from scipy import special, stats
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import Probed
 
 
 def run(model: nn.Module, inputs: Any) -> Any:

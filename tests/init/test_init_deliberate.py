@@ -447,3 +447,21 @@ def test_orthogonal_layers_of_any_shape_and_gain_are_a_habit() -> None:
     report = init_weights(model, torch.randn(4, 8), seed=0)
     rules = {entry.name: entry.rule for entry in report.entries if entry.name.endswith("weight")}
     assert rules == {"0.weight": "Linear", "2.weight": "Linear", "4.weight": "state"}, "the last is small"
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(1.0, True), (-1.0, True), (0.5, False), (1.2, False)])
+def test_a_net_of_identities_is_meant_unless_it_shrinks_or_blows_up_its_signals(factor: float, kept: bool) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(6)))
+    with torch.no_grad():
+        for layer in model:
+            nn.init.eye_(layer.weight).mul_(factor)
+    report = init_weights(model, torch.randn(4, 8), seed=0)
+    assert {entry.rule for entry in report.entries} == {"state" if kept else "Linear"}
+
+
+def test_one_stretched_identity_among_others_is_meant() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    with torch.no_grad():
+        nn.init.eye_(model[1].weight).mul_(0.1)
+    report = init_weights(model, torch.randn(4, 8), seed=0)
+    assert {entry.name: entry.note for entry in report.entries}["1.weight"] == "0.1 times the identity, on purpose"

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 from measure import output_gradients, output_variances, rectifier_log_growth
+from samples_deep import DEEP, DeepRectifier
 from torch import nn
-from zoo_deep import DEEP, DeepRectifier
 
 import lightning_gradhealth as gh
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from measure import run
-from zoo import MATRIX
+from samples import MATRIX
 
 import lightning_gradhealth as gh
 from lightning_gradhealth.layers import clean_name

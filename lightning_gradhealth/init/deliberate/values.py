@@ -233,10 +233,19 @@ def _mark(values: Tensor) -> str:
     if value is not None:
         return f"={value:g}" if values.numel() > 1 or value == 0 else ""
     if float((values == 0).float().mean()) >= SPARSE:
-        return "structure"
+        return _stretched(values) or "structure"
     if values.numel() >= 4 * FEW and _count(values.flatten()[: 16 * FEW]) <= FEW >= _count(values):
         return "few"
     return "orthogonal" if _is_rotation(values) else ""
+
+
+def _stretched(values: Tensor) -> str:
+    """The mark of an identity times a number but 1 and -1: a net of nothing else loses its signals or drowns them."""
+    if values.dim() != 2 or values.shape[0] != values.shape[1]:
+        return ""
+    factor = float(values[0, 0])
+    identity = factor * torch.eye(len(values), dtype=values.dtype, device=values.device)
+    return f"*{factor:g}" if abs(factor) not in (0, 1) and torch.equal(values, identity) else ""
 
 
 def _count(values: Tensor) -> int:
@@ -276,6 +285,8 @@ def _in_words(weight: _Weight) -> str:
         "few": "a structure on purpose: it holds but a few different numbers",
         "orthogonal": "a rotation on purpose: orthogonal to precision, as few weights here are",
     }
+    if weight.mark.startswith("*"):
+        return f"{weight.mark.removeprefix('*')} times the identity, on purpose"
     return words.get(weight.mark, f"{weight.mark.removeprefix('=')} throughout, on purpose")
 
 

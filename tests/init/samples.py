@@ -1,7 +1,7 @@
 """Small models of many kinds, each with sample inputs. They know nothing of what is tested on them.
 
 `MATRIX` asks how well a forward pass is understood: each model does one thing that tracers stumble over. The
-deeper models of zoo_deep ask whether the signal keeps its size.
+deeper models of samples_deep ask whether the signal keeps its size.
 """
 
 from __future__ import annotations

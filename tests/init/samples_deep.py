@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from samples import Probed, Sample, normal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from zoo import Probed, Sample, normal
 
 
 def mlp(activation: Callable[[], nn.Module], depth: int = 8, width: int = 512, inputs: int = 128) -> nn.Sequential:
