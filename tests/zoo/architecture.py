@@ -26,6 +26,8 @@ class Library:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # what inspection asks of any object
+            raise AttributeError(attribute)
         return getattr(importlib.import_module(self._name), attribute)
 
 
