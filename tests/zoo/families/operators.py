@@ -196,7 +196,7 @@ ARCHITECTURES = (
     Architecture("by hand/DeepONet", "operator", DeepONet, integrals, MSE),
     Architecture("e3nn/tensor products", "equivariant", Equivariant, directions, MSE),
     Architecture("e3nn/point clouds", "equivariant", Messages, points, MSE),
-    Architecture("by hand/SIREN", "coordinates", siren, coordinates, MSE),
+    Architecture("by hand/SIREN", "coordinates", siren, coordinates, MSE, daily=True),
     Architecture("by hand/Fourier features", "coordinates", FourierFeatures, coordinates, MSE),
     Architecture("by hand/KAN", "coordinates", kan, coordinates, MSE),
 )

@@ -120,7 +120,7 @@ ARCHITECTURES = (
     _classifier("cait_xxs24_224", **_VIT),
     _classifier("pit_ti_224", **_SMALL),
     _classifier("levit_128s", **_SMALL),
-    _classifier("gmlp_ti16_224", daily=True, **_SMALL),  # gates of almost 0
+    _classifier("gmlp_ti16_224", **_SMALL),  # gates of almost 0
     _classifier("swin_tiny_patch4_window7_224", **_STAGES),
     _classifier("swinv2_tiny_window8_256", **_STAGES),
     _classifier("swinv2_cr_tiny_ns_224", **_STAGES),
