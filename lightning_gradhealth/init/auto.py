@@ -169,7 +169,7 @@ class _Adviser:
     def __init__(self, model: nn.Module, graph: Graph, asked: _Asked) -> None:
         self._graph, self._trace, self._fixed, self._keeps = graph, graph.trace, asked.fixed, asked.keeps
         self._ends = at_the_end(graph)
-        self._meant = meant_in(model, graph) if asked.keeps else {}
+        self._meant = meant_in(model, graph, self._ends) if asked.keeps else {}
         graph.kept = frozenset(value for value in graph.biases if id(graph.trace.parameters[value]) in self._meant)
         graph.trace.by_class.update(small_by_class(model))
         self._replayer = Replayer(graph)
@@ -469,7 +469,7 @@ class _Adviser:
         chosen, other = sorted((known, advice), key=_weakest)
         note = chosen.note or known.note
         if "used again" not in known.note:
-            note = "; ".join(filter(None, (note, f"used again, where its gain would be {other.gain:.4g}")))
+            note = joined(note, f"used again, where its gain would be {other.gain:.4g}")
         self._advice[id(parameter)] = replace(chosen, note=note)
 
     # --- what surrounds a weight ---

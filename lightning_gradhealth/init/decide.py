@@ -54,9 +54,8 @@ def decide(
     for owned in parameters:
         _settle_first(context, owned, skipped.get(owned.name), chosen.get(owned.name))
     _ask_initializers(model, context, parameters)
+    context.keep_meant(model)
     for owned in parameters:
-        if context.is_open(owned.parameter):
-            context.keep_meant(owned.module)
         if context.is_open(owned.parameter):
             _settle_last(context, owned, chosen.get(owned.name))
     decided = {owned.name: _finished(context, owned) for owned in parameters}

@@ -17,9 +17,8 @@ from lightning_gradhealth.layers import clean_name
 from lightning_gradhealth.records import InitEntry, InitReport
 from lightning_gradhealth.sharding import fill, is_sharded
 
-MOVES = (
-    0.1  # of a weight's size, by a first step: healthy runs stay below .05, and oversized_updates reports from here on
-)
+# of a weight's size, by a first step: healthy runs stay below .05, and oversized_updates reports from here on
+MOVES = 0.1
 APART = 100.0  # as far is it from that to the usual share of a step, .001
 
 

@@ -83,9 +83,8 @@ def loop_factors(graph: Graph, replayer: Replayer) -> dict[int, float]:
         if station.kind == "weight":
             uses.setdefault(station.parameters, []).append(index)
     again = graph.stations.bits(index for each in uses.values() if len(each) > 1 for index in each)
-    so_far: dict[
-        tuple[tuple[int, ...], int], float
-    ] = {}  # by the weights that end the branch, and the merge: all steps
+    # all steps until now, by the weights that end the branch and the merge
+    so_far: dict[tuple[tuple[int, ...], int], float] = {}
     whole: dict[tuple[int, ...], float] = {}
     for done, (index, station) in enumerate(graph.stations.items()):
         tick("finding loops", done, len(graph.stations))

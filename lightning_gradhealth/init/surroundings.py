@@ -130,9 +130,8 @@ def _makes_factor(graph: Graph, replayer: Replayer, index: int) -> bool:
         # attention passes each position in small shares then; pooling behind a factor makes its slope small, and heavy
         # tails of the factor make the moment without it small
         kept = slope > 0.5 if passage.averages else slope > 0.1 or without.moment > 0.1 * passage.moment
-        larger = (
-            without.moment < 0.9 * passage.moment
-        )  # a tie that does nothing is none, nor is a derivative of a curve
+        # a tie that does nothing is none, nor is a derivative of a curve
+        larger = without.moment < 0.9 * passage.moment
         if kept and larger and alone.moment < 1e-4 * passage.moment:
             return True
     return False

@@ -58,7 +58,10 @@ class Work:
     @property
     def is_over(self) -> bool:
         """Whether the budget is spent."""
-        return self._budget is not None and self._clock() - self._begun > self._budget
+        return self._is_over(self._clock())
+
+    def _is_over(self, now: float) -> bool:
+        return self._budget is not None and now - self._begun > self._budget
 
     def leave(self, what: str) -> None:
         """Note down what is not looked at, as the budget is spent."""
@@ -94,7 +97,7 @@ class Work:
         if stage:
             self._stage, self._done, self._total = stage, done, total
         now = self._clock()
-        if self._may_stop and self._budget is not None and now - self._begun > self._budget:
+        if self._may_stop and self._is_over(now):
             raise OutOfTimeError
         if not self._hidden and now - self._begun > PATIENCE and now - self._drawn > EVERY:
             self._drawn = now

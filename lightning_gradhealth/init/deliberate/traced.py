@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from torch import nn
 
 from lightning_gradhealth.init.deliberate.values import is_zero, meant
@@ -10,12 +13,15 @@ from lightning_gradhealth.init.replay import Replayer
 from lightning_gradhealth.tracing import Graph
 
 
-def meant_in(model: nn.Module, graph: Graph | None = None) -> dict[int, str]:
+def meant_in(
+    model: nn.Module, graph: Graph | None = None, ends: Mapping[int, int | None] = MappingProxyType({})
+) -> dict[int, str]:
     """What was set on purpose in a model, with the reason, by the identity of the parameter; see `values`.
 
     Args:
         model: The model.
-        graph: Its recorded forward pass, which knows weights that no module of torch owns, and where the model ends.
+        graph: Its recorded forward pass, which knows weights that no module of torch owns.
+        ends: What `at_the_end` says of it.
     """
     if graph is None:
         return meant(model)
@@ -27,7 +33,7 @@ def meant_in(model: nn.Module, graph: Graph | None = None) -> dict[int, str]:
             own = Fans(station.fan_in, station.fan_out) if alone else None
             known.update({id(parameters[value]): own for value in station.parameters})
     biases = {id(parameters[value]): graph.stations[station].fan_in for value, station in graph.biases.items()}
-    return meant(model, known, biases, at_the_end(graph))
+    return meant(model, known, biases, ends)
 
 
 def at_the_end(graph: Graph) -> dict[int, int | None]:

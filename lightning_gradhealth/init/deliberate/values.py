@@ -214,20 +214,20 @@ def _weights(model: nn.Module, known: Mapping[int, Fans | None]) -> Iterator[_We
             if parameter is None or id(parameter) in seen | made or not _is_readable(parameter):
                 continue
             own, values = known.get(id(parameter)), parameter.detach()
-            if isinstance(module, _TABLES):
-                own, mark = Fans(1.0, float(parameter.shape[-1])), "=0" if is_zero(values) else ""
-            elif isinstance(module, WEIGHTED) and name == "weight" and values.dim() > 1:
-                own, mark = own or fans(module), _mark(values)
-            elif id(parameter) in known or (isinstance(module, _OWN) and values.dim() > 1):
-                mark = _mark(values)
-            else:
+            table = isinstance(module, _TABLES)
+            weighted = isinstance(module, WEIGHTED) and name == "weight" and values.dim() > 1
+            if not (table or weighted or id(parameter) in known or (isinstance(module, _OWN) and values.dim() > 1)):
                 continue
+            orthogonal = _is_orthogonal(values)
+            if table:
+                own, mark = Fans(1.0, float(parameter.shape[-1])), "=0" if is_zero(values) else ""
+            else:
+                own, mark = own or (fans(module) if weighted else None), _mark(values, orthogonal)
             seen.add(id(parameter))
-            straight = mark == "orthogonal" or (not mark and _is_orthogonal(values))
-            yield _Weight(parameter, own, scale_of(values) or 0.0, mark, straight)
+            yield _Weight(parameter, own, scale_of(values) or 0.0, mark, orthogonal and mark in ("", "orthogonal"))
 
 
-def _mark(values: Tensor) -> str:
+def _mark(values: Tensor, orthogonal: bool) -> str:
     """What a weight has that no draw gives; "" for nothing. Weights with one mark are alike."""
     value = _constant(values)
     if value is not None:
@@ -236,7 +236,7 @@ def _mark(values: Tensor) -> str:
         return _stretched(values) or "structure"
     if values.numel() >= 4 * FEW and _count(values.flatten()[: 16 * FEW]) <= FEW >= _count(values):
         return "few"
-    return "orthogonal" if _is_rotation(values) else ""
+    return "orthogonal" if orthogonal and _keeps_lengths(values) else ""
 
 
 def _stretched(values: Tensor) -> str:
@@ -253,10 +253,10 @@ def _count(values: Tensor) -> int:
     return len(torch.unique(values))
 
 
-def _is_rotation(values: Tensor) -> bool:
-    """Whether it is a square matrix that changes no length, to precision."""
+def _keeps_lengths(values: Tensor) -> bool:
+    """Whether a matrix of orthogonal rows is square and changes no length, to precision."""
     square = values.numel() == len(values) ** 2
-    return square and _is_orthogonal(values) and abs(float(values[0].float().square().sum()) - 1) <= _bound(values)
+    return square and abs(float(values[0].float().square().sum()) - 1) <= _bound(values)
 
 
 def _is_orthogonal(values: Tensor) -> bool:
